@@ -1,0 +1,94 @@
+#include "budget/cosine_importance.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "host/dispatch.h"
+#include "host/parallel.h"
+#include "host/simd.h"
+
+namespace kvc {
+namespace {
+
+struct Sums {
+  float dot, before, after;
+};
+
+// Eight running sums a quantity: enough for the vectoriser, and one fixed order of addition.
+constexpr int64_t kLanes = 64;
+
+template <typename T>
+__attribute__((always_inline)) inline Sums token_sums(const T* h, const T* a, int64_t hidden,
+                                                      bool is_update) {
+  float dot[kLanes] = {}, before[kLanes] = {}, after[kLanes] = {};
+  const auto add = [&](int64_t i, int64_t lane) {
+    const float x = to_float(h[i]);
+    float y = to_float(a[i]);
+    if (is_update) y = to_float(from_float<T>(x + y));
+    dot[lane] += x * y;
+    before[lane] += x * x;
+    after[lane] += y * y;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= hidden; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  }
+  for (; i < hidden; ++i) add(i, i % kLanes);
+  Sums sums{};
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sums.dot += dot[lane];
+    sums.before += before[lane];
+    sums.after += after[lane];
+  }
+  return sums;
+}
+
+KVC_CLONES Sums token_sums_of(const float* h, const float* a, int64_t n, bool is_update) {
+  return token_sums(h, a, n, is_update);
+}
+KVC_CLONES Sums token_sums_of(const f16* h, const f16* a, int64_t n, bool is_update) {
+  return token_sums(h, a, n, is_update);
+}
+KVC_CLONES Sums token_sums_of(const bf16* h, const bf16* a, int64_t n, bool is_update) {
+  return token_sums(h, a, n, is_update);
+}
+
+float cosine(const Sums& s) {
+  return s.dot / (std::max(std::sqrt(s.before), kCosineEps) * std::max(std::sqrt(s.after), kCosineEps));
+}
+
+template <typename T>
+void run(const CosineImportanceParams& p) {
+  parallel_for(0, p.batch * p.num_tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p.num_tiles, tile = item % p.num_tiles;
+      const int64_t start = p.seq_start ? p.seq_start[b] : 0;
+      const int64_t first = std::max(tile * kCosineTile, start);
+      const int64_t last = std::min((tile + 1) * kCosineTile, p.seq_len);
+      const T* h = static_cast<const T*>(p.before) + b * p.before_batch_stride;
+      const T* a = static_cast<const T*>(p.after) + b * p.after_batch_stride;
+      float sum = 0;
+      for (int64_t s = first; s < last; ++s) {
+        sum += cosine(token_sums_of(h + s * p.before_seq_stride, a + s * p.after_seq_stride,
+                                    p.hidden, p.is_update));
+      }
+      p.partial[item] = sum;
+    }
+  });
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t tokens = p.seq_len - (p.seq_start ? p.seq_start[b] : 0);
+    float sum = 0;
+    for (int64_t tile = 0; tile < p.num_tiles; ++tile) sum += p.partial[b * p.num_tiles + tile];
+    p.out[b] = tokens > 0 ? sum / static_cast<float>(tokens)
+                          : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+}  // namespace
+
+void cosine_importance_cpu(const CosineImportanceParams& params) {
+  visit_float(params.dtype, "cosine_importance", [&](auto tag) { run<decltype(tag)>(params); });
+}
+
+}  // namespace kvc

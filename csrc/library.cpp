@@ -1,0 +1,20 @@
+// The schemas of all ops, one line each. Sizes that vary are SymInt, enums are int codes that the Python
+// functions name, what is written is Tensor(a!). Layouts: see the documented functions in python/kvcompress.
+#include <torch/csrc/stable/library.h>
+
+// clang-format off
+STABLE_TORCH_LIBRARY(kvcompress, library) {
+  // score
+  library.def("window_scores(Tensor q, Tensor k, Tensor? lse, Tensor? weights, Tensor? seq_start, SymInt first_query, SymInt num_scored, SymInt kernel_size, int window_reduce, int group_reduce, int pool, float softmax_scale, bool pool_first) -> Tensor");
+  // budget
+  library.def("cosine_importance(Tensor before, Tensor after, Tensor? seq_start, bool is_update) -> Tensor");
+  // select
+  library.def("topk(Tensor scores, Tensor? counts, Tensor? seq_start, Tensor? seq_end, SymInt k, SymInt sink, SymInt window) -> Tensor");
+  // store
+  library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
+  library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");
+  library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");
+  library.def("set_debug(bool enabled) -> ()");
+  library.def("build_id() -> int");
+}
+// clang-format on

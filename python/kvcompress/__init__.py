@@ -1,0 +1,26 @@
+"""kvcompress: compress the KV cache of transformer LLMs, in fused CUDA kernels with CPU twins."""
+
+from __future__ import annotations
+
+from kvcompress import _library
+
+_library.load()
+
+from kvcompress.budget import cosine_importance  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["cosine_importance"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "_C":  # per CPython version, and needed for build facts and host planners only
+        import importlib
+
+        try:
+            return importlib.import_module("kvcompress._C")
+        except ImportError as error:
+            raise ImportError(
+                f"kvcompress._C is missing for this Python ({error}); the ops work without it, `kvcompress doctor` and "
+                "the host planners do not. Build it with `pip install --no-build-isolation .`"
+            ) from error
+    raise AttributeError(f"module 'kvcompress' has no attribute {name!r}")

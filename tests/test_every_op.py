@@ -1,0 +1,88 @@
+"""What every op owes, walked over the registry: opcheck samples, a fake, a documented function, clear errors.
+
+An op `x` of stage `s` brings `tests/<s>/test_<x>.py` with
+- `samples(device)`: argument tuples of `torch.ops.kvcompress.<x>.default` for opcheck;
+- `BAD`: wrong calls as `Bad(name, make(device) -> args, words)`; the same words must come from CPU, CUDA and fake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kvcompress
+from tests import budget, score, select, store
+
+STAGES = (score, budget, select, store)
+PLUMBING = {"build_id", "set_debug"}  # no tensors, nothing to check
+
+
+def op_names() -> list[str]:
+    names = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("kvcompress::")}
+    return sorted(names - PLUMBING)
+
+
+def test_module(op: str):
+    name = "test_" + op.rstrip("_")
+    for stage in STAGES:
+        if name in {module.name for module in pkgutil.iter_modules(stage.__path__)}:
+            return importlib.import_module(f"{stage.__name__}.{name}")
+    raise AssertionError(f"op {op} has no test module {name}.py in a stage's folder")
+
+
+test_module.__test__ = False  # a helper, not a test
+OPS = op_names()
+BAD = [(op, bad) for op in OPS for bad in test_module(op).BAD]
+
+
+def packet(op: str):
+    return getattr(torch.ops.kvcompress, op).default
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, device):
+    samples = test_module(op).samples(device)
+    assert samples
+    for args in samples:
+        torch.library.opcheck(packet(op), args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_documented_function(op):
+    function = getattr(kvcompress, op)
+    doc = function.__doc__ or ""
+    for section in ("Args:", "Raises:", "Example:"):
+        assert section in doc, f"kvcompress.{op}: docstring lacks {section}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bad_inputs_exist(op):
+    assert len(test_module(op).BAD) >= 5
+
+
+def message(op: str, args) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        packet(op)(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("op", "bad"), BAD, ids=lambda x: getattr(x, "name", x))
+def test_bad_input(op, bad, device):
+    args = bad.make(device)
+    before = [t.clone() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+    assert bad.words in message(op, args)
+    after = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+    for x, y in zip(before, after):  # nothing half written
+        assert torch.equal(x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if y.is_floating_point() else y)
+
+
+@pytest.mark.parametrize(("op", "bad"), [(op, bad) for op, bad in BAD if not bad.reads_data], ids=lambda x: getattr(x, "name", x))
+def test_bad_input_fake(op, bad):
+    args = bad.make("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = torch.utils._pytree.tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, args)
+        assert bad.words in message(op, fake)
