@@ -1,0 +1,51 @@
+"""LayerState: the one record that travels through the stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LayerState"]
+
+
+@dataclass
+class LayerState:
+    """A layer at the moment it is compressed: everything a score, a budget or a selection may look at.
+
+    Attributes:
+        index: which of the compressed layers, from 0.
+        num_layers: how many layers are compressed.
+        queries: ``[batch, num_q_heads, n, head_dim]``, the last n prompt queries after RoPE; n is at least what the
+            score asked for, or the whole prompt if that is shorter.
+        keys, values: ``[batch, num_kv_heads, seq_len, head_dim]``, keys after RoPE.
+        lengths: real entries of each row, on the host; row b's are the last ``lengths[b]``.
+        softmax_scale: factor of the logits.
+        seq_start: ``[batch]`` int32 on the device, first real entry of each row; None: no row is padded.
+        lse: ``[batch, num_q_heads, n]`` float32 log-sum-exp of the same queries, where the attention returned it.
+    """
+
+    index: int
+    num_layers: int
+    queries: Tensor | None
+    keys: Tensor
+    values: Tensor
+    lengths: list[int]
+    softmax_scale: float
+    seq_start: Tensor | None = None
+    lse: Tensor | None = None
+
+    @property
+    def seq_len(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def window(self, size: int) -> Tensor:
+        """The last `size` queries, or fewer if the prompt is shorter."""
+        if self.queries is None:
+            raise ValueError("LayerState: queries must be given for a score that looks at queries, got None")
+        return self.queries[:, :, -size:]
