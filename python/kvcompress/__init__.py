@@ -7,9 +7,10 @@ from kvcompress import _library
 _library.load()
 
 from kvcompress.budget import cosine_importance  # noqa: E402
+from kvcompress.score import window_scores  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["cosine_importance"]
+__all__ = ["cosine_importance", "window_scores"]
 
 
 def __getattr__(name: str) -> object:

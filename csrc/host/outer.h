@@ -1,0 +1,30 @@
+// Products of many rows with many rows (queries with keys) in float32: the small matrix product of
+// the CPU twins.
+#pragma once
+
+#include <cstdint>
+
+#include "host/half.h"
+
+namespace kvc {
+
+constexpr int64_t kOuterRows = 8;    // left rows a call takes
+constexpr int64_t kOuterPanel = 32;  // right rows that lie together in a panel [depth, kOuterPanel]
+
+// A row in float32.
+void widen(const float* from, float* to, int64_t n);
+void widen(const f16* from, float* to, int64_t n);
+void widen(const bf16* from, float* to, int64_t n);
+
+// Right rows, `stride` apart, as float32 panels; the last panel is filled up with zeros.
+void pack_panels(const float* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
+void pack_panels(const f16* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
+void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
+
+// out[r * out_stride + j] = <left[r], right[j]> for kOuterRows dense left rows and num_panels *
+// kOuterPanel right rows. Panels, out and out_stride (in bytes) are multiples of 64. Each product
+// is summed in ascending depth.
+void outer_products(const float* left, int64_t depth, const float* panels, int64_t num_panels,
+                    float* out, int64_t out_stride);
+
+}  // namespace kvc

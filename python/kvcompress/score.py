@@ -1,0 +1,175 @@
+"""Scores: how much does each stored entry matter?"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvcompress import _check
+
+__all__ = ["window_scores"]
+
+_WINDOW_REDUCE = {"sum": 0, "mean": 1, "max": 2}
+_GROUP_REDUCE = {"none": 0, "mean": 1, "max": 2, "sum": 3}
+_POOL = {"none": 0, "avg": 1, "max": 2}
+
+
+def _code(op: str, argument: str, codes: dict[str, int], name: str) -> int:
+    if name not in codes:
+        *most, last = (f'"{known}"' for known in codes)
+        raise ValueError(f"{op}: {argument} must be {', '.join(most)} or {last}, got {name!r}")
+    return codes[name]
+
+
+def window_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    lse: Tensor | None = None,
+    weights: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    first_query: int | None = None,
+    num_scored: int | None = None,
+    window_reduce: Literal["sum", "mean", "max"] = "sum",
+    group_reduce: Literal["none", "mean", "max", "sum"] = "mean",
+    pool: Literal["none", "avg", "max"] = "none",
+    kernel_size: int = 1,
+    pool_first: bool = False,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention that the observing queries pay to each key, reduced and pooled to one score an entry and head.
+
+    ``P[b, h, i, j] = softmax over visible j of softmax_scale * <q[b, h, i], k[b, h // q_per_kv, j]>``, then
+    ``vote[b, h, j] = window_reduce over i of P[b, h, i, j]``, times ``weights[b, h // q_per_kv, j]`` if given; the votes
+    of the query heads of a kv head are reduced and pooled along j, in this order unless ``pool_first``. All float32;
+    the map P is never written, so any window is cheap in memory: the last 32 queries (SnapKV), one (TOVA), or all,
+    with ``first_query=0, num_scored=seq_len`` (column sums: H2O).
+
+    Query row i sits at position ``first_query + i`` and sees the keys ``[seq_start[b], min(first_query + i, seq_len -
+    1)]``. Rows before ``seq_start[b]`` are padding and do not count; the mean divides by the rows that are real, at
+    least 1. Queries from beyond the prompt (``first_query >= seq_len``) see every key.
+
+    NaN never vanishes: a NaN logit makes its query row NaN (with ``lse`` given: that column alone), as softmax does,
+    and every score that this row or, by the pool, such a column takes part in.
+
+    Args:
+        q: ``[batch, num_q_heads, window, head_dim]`` float32, float16 or bfloat16, after RoPE; any strides with a
+            contiguous last dimension. head_dim is a multiple of 8 up to 256.
+        k: ``[batch, num_kv_heads, seq_len, head_dim]``, same dtype; num_kv_heads divides num_q_heads.
+        lse: ``[batch, num_q_heads, window]`` float32, the natural log of the sum of exp of the scaled logits over the
+            visible keys, as flash attention returns it; k is then read once instead of twice.
+        weights: ``[batch, num_kv_heads, seq_len]`` float32, a factor for each vote (norms of values, for instance).
+        seq_start: ``[batch]`` int32, first real entry of each row (left padding); None: no padding.
+        first_query: position of the first query; None: ``seq_len - window``, the last queries of the prompt.
+        num_scored: columns ``[seq_start, num_scored)`` are scored; None: those before ``first_query``.
+        window_reduce: over the queries: "sum", "mean" or "max".
+        group_reduce: over the query heads of a kv head: "mean", "max", "sum", or "none": keep num_q_heads rows.
+        pool: "avg" divides by kernel_size everywhere, as if zeros lay outside the scored real columns; "max" ignores
+            what lies outside; "none" ignores kernel_size.
+        kernel_size: odd width of the pool.
+        pool_first: pool each query head, then reduce the group.
+        softmax_scale: None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``[batch, num_kv_heads, seq_len]`` float32 (num_q_heads rows if nothing reduces the group): -inf before
+        ``seq_start[b]`` (padding, never kept), scores up to ``num_scored``, +inf from there on (the observing window,
+        always kept).
+
+    Raises:
+        ValueError, TypeError: ``window_scores: argument must be ..., got ...``.
+
+    Scratch: ``4 * batch * num_heads * seq_len`` bytes, num_heads those of q if ``pool_first`` or nothing reduces the
+    group, else those of k; and at most ``max(8 * batch * num_q_heads * window, 2 MiB)`` for row statistics.
+
+    Example:
+        >>> q, k = torch.randn(1, 32, 16, 64), torch.randn(1, 8, 100, 64)
+        >>> scores = kvcompress.window_scores(q, k, pool="max", kernel_size=7)
+        >>> scores.shape, int(scores.isinf().sum())
+        (torch.Size([1, 8, 100]), 128)
+    """
+    op = "window_scores"
+    if first_query is None:
+        first_query = k.shape[-2] - q.shape[-2] if q.dim() > 1 and k.dim() > 1 else 0
+    if num_scored is None:
+        num_scored = min(max(first_query, 0), k.shape[-2]) if k.dim() > 1 else 0
+    if softmax_scale is None:
+        softmax_scale = max(q.shape[-1], 1) ** -0.5 if q.dim() > 0 else 1.0
+    return _check.call(
+        torch.ops.kvcompress.window_scores.default,
+        q,
+        k,
+        lse,
+        weights,
+        seq_start,
+        first_query,
+        num_scored,
+        kernel_size,
+        _code(op, "window_reduce", _WINDOW_REDUCE, window_reduce),
+        _code(op, "group_reduce", _GROUP_REDUCE, group_reduce),
+        _code(op, "pool", _POOL, pool),
+        softmax_scale,
+        pool_first,
+    )
+
+
+@torch.library.register_fake("kvcompress::window_scores")
+def _(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    seq_start: Tensor | None,
+    first_query: int,
+    num_scored: int,
+    kernel_size: int,
+    window_reduce: int,
+    group_reduce: int,
+    pool: int,
+    softmax_scale: float,
+    pool_first: bool,
+) -> Tensor:
+    op = "window_scores"
+    _check.rank(op, "q", q, 4, "[batch, num_q_heads, window, head_dim]")
+    _check.rank(op, "k", k, 4, "[batch, num_kv_heads, seq_len, head_dim]")
+    _check.float_dtype(op, "q", q)
+    _check.same_dtype(op, "k", k, q, "q")
+    _check.same_device(op, "k", k, q, "q")
+    batch, num_q_heads, window, head_dim = q.shape
+    _, num_kv_heads, seq_len, _ = k.shape
+    _check.require(k.shape[0] == batch, op, "k", f"of the batch of q ({batch})", k.shape[0])
+    _check.require(k.shape[3] == head_dim, op, "k", f"of the head_dim of q ({head_dim})", k.shape[3])
+    ok = 8 <= head_dim <= 256 and head_dim % 8 == 0
+    _check.require(ok, op, "head_dim", "a multiple of 8 from 8 to 256", head_dim)
+    _check.require(num_kv_heads >= 1, op, "num_kv_heads", "at least 1", num_kv_heads)
+    ok = num_q_heads >= 1 and num_q_heads % num_kv_heads == 0
+    _check.require(ok, op, "num_q_heads", f"a multiple of num_kv_heads ({num_kv_heads})", num_q_heads)
+    _check.require(window >= 1, op, "window", "at least 1", window)
+    _check.last_contiguous(op, "q", q)
+    _check.last_contiguous(op, "k", k)
+    _companion(op, "lse", lse, "[batch, num_q_heads, window]", (batch, num_q_heads, window), q)
+    _companion(op, "weights", weights, "[batch, num_kv_heads, seq_len]", (batch, num_kv_heads, seq_len), q)
+    _check.row_vector(op, "seq_start", seq_start, batch, q, "q")
+    _check.require(first_query >= 0, op, "first_query", "at least 0", first_query)
+    _check.require(0 <= num_scored <= seq_len, op, "num_scored", f"from 0 to seq_len ({seq_len})", num_scored)
+    _check.require(kernel_size >= 1 and kernel_size % 2 == 1, op, "kernel_size", "odd and at least 1", kernel_size)
+    _check.require(0 <= window_reduce < 3, op, "window_reduce", "0 (sum), 1 (mean) or 2 (max)", window_reduce)
+    _check.require(0 <= group_reduce < 4, op, "group_reduce", "0 (none), 1 (mean), 2 (max) or 3 (sum)", group_reduce)
+    _check.require(0 <= pool < 3, op, "pool", "0 (none), 1 (avg) or 2 (max)", pool)
+    ok = 0 < softmax_scale < float("inf")
+    _check.require(ok, op, "softmax_scale", "finite and above 0", f"{softmax_scale:f}")
+    heads = num_q_heads if group_reduce == 0 else num_kv_heads
+    return q.new_empty((batch, heads, seq_len), dtype=torch.float32)
+
+
+def _companion(op: str, argument: str, t: Tensor | None, layout: str, shape: tuple[int, ...], q: Tensor) -> None:
+    """The whole check of an optional float32 companion of q or k."""
+    if t is None:
+        return
+    ok = t.dim() == len(shape) and all(size == wanted for size, wanted in zip(t.shape, shape))
+    must = f"{layout} [{', '.join(str(size) for size in shape)}]"
+    _check.require(ok, op, argument, must, f"{t.dim()}D {_check.shape_string(t)}")
+    _check.dtype(op, argument, t, torch.float32)
+    _check.same_device(op, argument, t, q, "q")
+    _check.last_contiguous(op, argument, t)
