@@ -149,7 +149,7 @@ class Pipeline:
         final = budget.settle(stores, importance, floor=self.stages.select.forced)
         for store, targets in zip(stores, final):
             store.targets = targets
-            self._shrink(store, targets)
+            self.fit(store, targets)
             store.scores = None
         self.reset()
 
@@ -159,7 +159,7 @@ class Pipeline:
         """Before `new` tokens are stored: where eviction comes before attention, only `budget - new` old entries stay."""
         when = self.stages.when
         if isinstance(when, EveryStep) and when.before_attention and store.targets is not None:
-            self._shrink(store, [max(0, target - new) for target in store.targets])
+            self.fit(store, [max(0, target - new) for target in store.targets])
 
     def prepare(self, store: DenseStore, inv_freq: Tensor | None) -> None:
         """After the new tokens are stored, before they attend."""
@@ -172,9 +172,10 @@ class Pipeline:
         """After the attention of a later forward: where eviction comes after attention, down to the budget again."""
         when = self.stages.when
         if isinstance(when, EveryStep) and not when.before_attention and store.targets is not None:
-            self._shrink(store, store.targets)
+            self.fit(store, store.targets)
 
-    def _shrink(self, store: DenseStore, targets: Sequence[int]) -> None:
+    def fit(self, store: DenseStore, targets: Sequence[int]) -> None:
+        """Cuts a store to at most `targets` entries a row, by its kept scores, or by recency where it has none."""
         counts = [min(target, length) for target, length in zip(targets, store.lengths)]
         if counts == store.lengths:
             return

@@ -1,0 +1,92 @@
+"""Published methods, one file each: a method names its stages and its numbers and nothing else.
+
+Every module of this folder is imported on first use and registers itself; there is no list to edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from kvcompress.pipeline import Stages
+
+__all__ = ["Method", "available", "create", "register"]
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A published method: parameters in, stages out.
+
+    Attributes:
+        budget: entries that a layer may keep for each head: an int counts them, a float in (0, 1] is a share of the
+            row's own prompt.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+
+    budget: int | float
+
+    @abstractmethod
+    def stages(self) -> Stages:
+        """What the method is made of. Raises ValueError for parameters that make no sense together."""
+
+    def __post_init__(self) -> None:
+        self.stages()  # a senseless combination is refused when the method is built
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        return f"{self.name}({numbers})"
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, *, title: str, paper: str) -> Callable[[M], M]:
+    """Puts a method class into the registry under `name`."""
+
+    def add(cls: M) -> M:
+        if name in _REGISTRY:
+            raise ValueError(f"register: name must be new, got {name!r} a second time")
+        cls.name, cls.title, cls.paper = name, title, paper
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, type[Method]]:
+    """All methods by name, in alphabetical order."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def create(name: str, **parameters: Any) -> Method:
+    """Builds a method by its name.
+
+    Raises:
+        ValueError: no such method, a missing or unknown parameter, or senseless numbers; the sentence says what there is.
+
+    Example:
+        >>> create("snapkv", budget=0.1, window=16).budget
+        0.1
+    """
+    methods = available()
+    if name not in methods:
+        raise ValueError(f"create: name must be one of {', '.join(methods)}, got {name!r}")
+    parameter = {field.name: field for field in fields(methods[name])}
+    for given in parameters:
+        if given not in parameter:
+            raise ValueError(f"create: parameters of {name} must be among {', '.join(parameter)}, got {given}")
+    for wanted, field in parameter.items():
+        if wanted not in parameters and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"create: {wanted} of {name} must be given, got nothing")
+    return methods[name](**parameters)
