@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvcompress import _check
+from kvcompress.layer import LayerState
 
-__all__ = ["window_scores"]
+__all__ = ["Recency", "WindowAttention", "window_scores"]
+
+WindowReduce = Literal["sum", "mean", "max"]
+GroupReduce = Literal["none", "mean", "max", "sum"]
+Pool = Literal["none", "avg", "max"]
 
 _WINDOW_REDUCE = {"sum": 0, "mean": 1, "max": 2}
 _GROUP_REDUCE = {"none": 0, "mean": 1, "max": 2, "sum": 3}
@@ -32,9 +38,9 @@ def window_scores(
     seq_start: Tensor | None = None,
     first_query: int | None = None,
     num_scored: int | None = None,
-    window_reduce: Literal["sum", "mean", "max"] = "sum",
-    group_reduce: Literal["none", "mean", "max", "sum"] = "mean",
-    pool: Literal["none", "avg", "max"] = "none",
+    window_reduce: WindowReduce = "sum",
+    group_reduce: GroupReduce = "mean",
+    pool: Pool = "none",
     kernel_size: int = 1,
     pool_first: bool = False,
     softmax_scale: float | None = None,
@@ -173,3 +179,63 @@ def _companion(op: str, argument: str, t: Tensor | None, layout: str, shape: tup
     _check.dtype(op, argument, t, torch.float32)
     _check.same_device(op, argument, t, q, "q")
     _check.last_contiguous(op, argument, t)
+
+
+# --- score stages
+
+
+@dataclass(frozen=True)
+class WindowAttention:
+    """`window_scores` of the last `window` prompt queries over the prefix, as a stage. See there for the parameters."""
+
+    window: int
+    window_reduce: WindowReduce = "sum"
+    group_reduce: GroupReduce = "mean"
+    pool: Pool = "none"
+    kernel_size: int = 1
+    pool_first: bool = False
+    by_position = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"WindowAttention: window must be at least 1, got {self.window}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"WindowAttention: kernel_size must be odd and positive, got {self.kernel_size}")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def __call__(self, layer: LayerState) -> Tensor:
+        return window_scores(
+            layer.window(self.window),
+            layer.keys,
+            lse=None if layer.lse is None else layer.lse[:, :, -self.window :],
+            seq_start=layer.seq_start,
+            window_reduce=self.window_reduce,
+            group_reduce=self.group_reduce,
+            pool=self.pool,
+            kernel_size=self.kernel_size if self.pool != "none" else 1,
+            pool_first=self.pool_first,
+            softmax_scale=layer.softmax_scale,
+        )
+
+    def __str__(self) -> str:
+        return f"attention of the last {self.window} prompt tokens"
+
+
+@dataclass(frozen=True)
+class Recency:
+    """The position itself: later is better. Exact up to 2^24 positions, where float32 stops counting."""
+
+    by_position = True
+    queries = 0
+
+    def __call__(self, layer: LayerState) -> Tensor:
+        if layer.seq_len > 2**24:
+            raise ValueError(f"Recency: seq_len must be at most {2**24}, got {layer.seq_len}")
+        batch, heads = layer.keys.shape[:2]
+        return torch.arange(layer.seq_len, dtype=torch.float32, device=layer.device).expand(batch, heads, -1)
+
+    def __str__(self) -> str:
+        return "position only"
