@@ -1,0 +1,5 @@
+"""`python -m kvcompress` is the command line."""
+
+from kvcompress.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""What the words of a command line stand for: methods with their numbers, models, files."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import kvcompress
+from kvcompress import methods
+from kvcompress.cli.console import fail
+
+if TYPE_CHECKING:
+    from kvcompress.methods import Method
+
+__all__ = ["bundled", "device", "load_model", "method", "parameters", "parse_budget"]
+
+
+def parse_budget(text: str) -> int | float:
+    """ "1024" counts entries, "0.1" is a share of the prompt."""
+    try:
+        budget: int | float = int(text)
+    except ValueError:
+        try:
+            budget = float(text)
+        except ValueError:
+            budget = -1
+    if budget > 0 and (isinstance(budget, int) or budget <= 1):
+        return budget
+    fail(
+        f"--budget {text} is neither a number of entries nor a share",
+        "give the entries to keep, like 1024, or their share of the prompt with a point, like 0.1 (at most 1.0)",
+    )
+
+
+def parameters(words: str) -> set[str]:
+    """The names of all parameters of "A+B"."""
+    return {field.name for cls in _chain(words) for field in fields(cls)}
+
+
+def method(words: str, budget: int | float, settings: Sequence[str] = ()) -> Method | None:
+    """A method by its name, "squeeze_attention+snapkv" for one inside the other, None for "full".
+
+    Each of `settings` is "key=value"; it goes to the outermost method that has such a parameter.
+    """
+    chain, given = _chain(words), dict(_setting(text) for text in settings)
+    unknown = given.keys() - parameters(words)
+    if unknown:
+        known = ", ".join(sorted(parameters(words))) or "no parameters"
+        fail(f"{words} has no parameter {', '.join(sorted(unknown))}", f"it has: {known}")
+    own: list[dict[str, Any]] = []
+    for cls in chain:
+        names = {field.name for field in fields(cls)}
+        own.append({key: given.pop(key) for key in names & given.keys()})
+    built: Method | None = None
+    for cls, numbers in reversed(list(zip(chain, own))):
+        inner = {} if built is None else {"inner": built}
+        try:
+            built = methods.create(cls.name, **{"budget": budget, **inner, **numbers})
+        except (TypeError, ValueError) as error:
+            fail(str(error), f"`kvcompress methods {cls.name}` explains the parameters")
+    return built
+
+
+def _chain(words: str) -> list[type[Method]]:
+    if words == "full":
+        return []
+    registry = methods.available()
+    for name in words.split("+"):
+        if name not in registry:
+            known = ", ".join(["full", *registry])
+            fail(f"no method is called {name!r}", f"choose among: {known}; or A+B, as in squeeze_attention+snapkv")
+    return [registry[name] for name in words.split("+")]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        fail(f"--set {text} is not key=value", "write it like --set window=16")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
+def device(name: str | None) -> torch.device:
+    """The named device; without a name the GPU, or the CPU where there is none."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        fail(f"--device {name} is not a device", "give cpu, cuda or cuda:1")
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        fail(f"--device {name}: torch sees no GPU", "use --device cpu; `kvcompress doctor` says what is missing")
+    return wanted
+
+
+def bundled(name: str, option: str) -> Path:
+    """A file or folder of the repository's models/, which the wheel does not carry."""
+    folders = [Path(package).parents[1] / "models" for package in kvcompress.__path__] + [Path("models")]
+    if "KVCOMPRESS_MODELS" in os.environ:
+        folders.insert(0, Path(os.environ["KVCOMPRESS_MODELS"]))
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    fail(
+        f"the bundled {name} was not found",
+        f"run this in the source tree, set KVCOMPRESS_MODELS to its folder models/, or give {option}",
+    )
+
+
+def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer, from a folder or by its hub id."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").exists():
+            fail(f"--model {model} is a folder without config.json", "give the folder that save_pretrained() wrote")
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        fail(f"--model {model}: no such folder", "give a folder with config.json, or a hub id like org/name")
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        fail("transformers is not installed", "pip install 'kvcompress[hf]'")
+    wanted = {"auto": torch.float32 if on.type == "cpu" else "auto"}.get(dtype) or getattr(torch, dtype, None)
+    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        fail(f"--dtype {dtype} is not a float dtype", "give auto, float32, float16 or bfloat16")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(
+            f"--model {model} did not load: {reason}", "give a folder with config.json, or a hub id that you can reach"
+        )
+    return loaded.to(on).eval(), tokenizer
