@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvcompress import _check
 from kvcompress.layer import LayerState
 
-__all__ = ["Squeeze", "Uniform", "allocate", "cosine_importance", "entries", "kmeans_1d", "squeeze_ratios"]
+__all__ = ["Budget", "Squeeze", "Uniform", "allocate", "cosine_importance", "entries", "kmeans_1d", "squeeze_ratios"]
 
 
 def cosine_importance(
@@ -209,57 +210,55 @@ def squeeze_ratios(groups: Sequence[int] | None, layers: int, keep: float, keep_
 
 # --- budget stages
 
+Scores = Callable[[], Tensor]  # the layer's scores [batch, heads, seq_len], computed once, on the first call
 
-class Budget(Protocol):
+
+class Budget(ABC):
     """How many entries each layer and row may keep.
 
     Attributes:
-        deferred: the final numbers need all layers; until then `first` gives an upper bound.
-        wants_residual: `settle` needs each layer's residual cosine.
+        deferred: the final numbers need all layers; until then `first` gives an upper bound, `measure` says what a layer shows,
+            and `settle` decides.
+        wants_residual: what `settle` gets is each layer's residual cosine, not `measure`.
     """
 
-    deferred: bool
-    wants_residual: bool
+    deferred: ClassVar[bool] = False
+    wants_residual: ClassVar[bool] = False
 
-    def first(self, layer: LayerState, length: int) -> int:
-        """Entries that a row of `length` real tokens may keep in this layer: final, or an upper bound if deferred."""
-        ...
+    @abstractmethod
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        """Entries each row may keep in this layer, on the host: final, or an upper bound if deferred. May exceed the row."""
 
-    def settle(
-        self, stores: Sequence[Store], importance: Sequence[Sequence[float]] | None, *, floor: int
-    ) -> list[list[int]]:
-        """Final entries ``[layers][batch]`` of a deferred budget, from what all layers measured."""
-        ...
+    def measure(self, layer: LayerState, scores: Scores) -> Tensor:
+        """What a layer shows of its needs, ``[batch, ...]`` on the device (deferred budgets only)."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
+    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
+        """Final entries ``[layers][batch]`` from what the layers measured (deferred budgets only).
 
-class Store(Protocol):
-    """What a budget may ask a store: its rows' real tokens."""
-
-    seen: list[int]
+        Args:
+            measured: one tensor ``[batch, ...]`` a layer, on the host.
+            lengths: real tokens of each row.
+            floor: entries that the selection keeps in any case.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is final at once")
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Budget):
     """The same number (int) or the same share of its own prompt (float) for every layer and row."""
 
     budget: int | float
-    deferred = False
-    wants_residual = False
 
     def __post_init__(self) -> None:
         entries(self.budget, 1)
 
-    def first(self, layer: LayerState, length: int) -> int:
-        return entries(self.budget, length)
-
-    def settle(
-        self, stores: Sequence[Store], importance: Sequence[Sequence[float]] | None, *, floor: int
-    ) -> list[list[int]]:
-        raise AssertionError("a uniform budget is final at once")
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        return [entries(self.budget, length) for length in layer.lengths]
 
 
 @dataclass(frozen=True)
-class Squeeze:
+class Squeeze(Budget):
     """SqueezeAttention's layer budgets, per sequence: unimportant layers give most of theirs to the others.
 
     Attributes:
@@ -289,23 +288,17 @@ class Squeeze:
     def _keep(self, length: int) -> float:
         return self.budget / length if isinstance(self.budget, int) else self.budget
 
-    def first(self, layer: LayerState, length: int) -> int:
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
         """The most that any clustering can give one layer: every other group is a single layer."""
-        if length == 0:
-            return 0
-        layers, important, keep = layer.num_layers, self.groups - 1, self._keep(length)
-        rest = max(layers - important, 0)
-        most = (layers * keep - rest * self.p * keep) / min(important, layers)
-        return min(length, int(most * length) + 1)
+        layers, important = layer.num_layers, min(self.groups - 1, layer.num_layers)
+        share = (layers - (layers - important) * self.p) / important
+        return [min(n, int(share * self._keep(n) * n) + 1) if n else 0 for n in layer.lengths]
 
-    def settle(
-        self, stores: Sequence[Store], importance: Sequence[Sequence[float]] | None, *, floor: int
-    ) -> list[list[int]]:
-        assert importance is not None, "SqueezeAttention measures every layer"
-        layers = len(stores)
-        columns = []
-        for row, length in enumerate(stores[0].seen):
-            groups = kmeans_1d([layer[row] for layer in importance], self.groups) if length else None
+    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
+        layers, columns = len(measured), []
+        for row, length in enumerate(lengths):
+            cosines = [float(layer[row]) for layer in measured]
+            groups = kmeans_1d(cosines, self.groups) if length else None
             keep = self._keep(max(length, 1))
             ratios = squeeze_ratios(groups, layers, keep, self.p * keep)
             if self.allocation == "official":

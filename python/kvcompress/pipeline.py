@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -89,7 +90,7 @@ class Pipeline:
 
     def reset(self) -> None:
         """Forgets all measurements: the next prompt is a new one."""
-        self._importance: dict[int, Tensor] = {}
+        self._measured: dict[int, Tensor] = {}
         self._unsettled: dict[int, DenseStore] = {}
 
     @property
@@ -112,41 +113,42 @@ class Pipeline:
     def compress(self, layer: LayerState) -> DenseStore:
         """Scores, cuts and stores a layer whose prefill attention is done. Its full K and V can be freed afterwards."""
         budget, select = self.stages.budget, self.stages.select
-        targets = [max(budget.first(layer, length), select.forced) for length in layer.lengths]
+        scores = functools.cache(lambda: self.stages.score(layer))
+        targets = [max(target, select.forced) for target in budget.first(layer, scores)]
         counts = [min(target, length) for target, length in zip(targets, layer.lengths)]
         if counts == layer.lengths and not budget.deferred:  # nothing to drop: nothing is computed
             store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
         else:
-            scores = self.stages.score(layer)
             store = DenseStore.gathered(
                 layer.keys,
                 layer.values,
-                select(scores, counts, seq_start=layer.seq_start),
+                select(scores(), counts, seq_start=layer.seq_start),
                 counts,
                 layer.lengths,
-                scores=scores if budget.deferred and not self.stages.score.by_position else None,
+                scores=scores() if budget.deferred and not self.stages.score.by_position else None,
                 reserve=self.reserve,
             )
         store.targets = targets
         if budget.deferred:
             self._unsettled[layer.index] = store
+            if not budget.wants_residual:
+                self._measured[layer.index] = budget.measure(layer, scores)
             self._settle()
         return store
 
     def observe_residual(self, index: int, importance: Tensor) -> None:
         """Takes the mean cosine ``[batch]`` of layer `index` (see `kvcompress.cosine_importance`)."""
-        self._importance[index] = importance
+        self._measured[index] = importance
         self._settle()
 
     def _settle(self) -> None:
         """Once all layers are measured and cut a first time: the final budgets, and the second cut down to them."""
-        budget, layers = self.stages.budget, range(self.num_layers)
-        measured = not budget.wants_residual or len(self._importance) == self.num_layers
-        if not measured or len(self._unsettled) < self.num_layers:
+        if len(self._measured) < self.num_layers or len(self._unsettled) < self.num_layers:
             return
-        importance = [self._importance[i].tolist() for i in layers] if budget.wants_residual else None
+        layers = range(self.num_layers)
+        measured = [self._measured[i].cpu() for i in layers]  # the one wait for the device: once a prompt
         stores = [self._unsettled[i] for i in layers]
-        final = budget.settle(stores, importance, floor=self.stages.select.forced)
+        final = self.stages.budget.settle(measured, stores[0].seen, floor=self.stages.select.forced)
         for store, targets in zip(stores, final):
             store.targets = targets
             self.fit(store, targets)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,11 +98,6 @@ def test_squeeze_worked_example():
     assert [int(100 * r) for r in squeeze_ratios(groups, 8, 0.4, 0.15)] == [55] * 5 + [15] * 3
 
 
-class Row:
-    def __init__(self, *seen):
-        self.seen = list(seen)
-
-
 @settings(deadline=None, max_examples=50)
 @given(
     cosines=st.lists(st.floats(0.1, 1), min_size=3, max_size=12),
@@ -109,20 +106,18 @@ class Row:
     length=st.integers(1, 500),
 )
 def test_squeeze_meets_its_total_and_its_bound(cosines, keep, p, length):
-    from types import SimpleNamespace
-
     stage, layers = Squeeze(keep, p=p), len(cosines)
-    settled = [row[0] for row in stage.settle([Row(length)] * layers, [[c] for c in cosines], floor=0)]
+    settled = [row[0] for row in stage.settle(torch.tensor(cosines, dtype=torch.float64)[:, None], [length], floor=0)]
     wanted = min(layers * entries(keep, length), layers * length)
     assert sum(settled) == wanted
-    bound = stage.first(SimpleNamespace(num_layers=layers), length)
+    (bound,) = stage.first(SimpleNamespace(num_layers=layers, lengths=[length]), None)
     # one entry of rounding aside, the early cut never dropped what the final budget keeps
     assert max(settled) <= max(bound, math.ceil(wanted / layers))
 
 
 def test_squeeze_is_per_row():
     importance = [[0.5, 0.99], [0.6, 0.98], [0.8, 0.8], [0.82, 0.82], [0.98, 0.6], [0.99, 0.5]]
-    first, second = zip(*Squeeze(0.2).settle([Row(100, 100)] * 6, importance, floor=0))
+    first, second = zip(*Squeeze(0.2).settle(torch.tensor(importance), [100, 100], floor=0))
     assert sum(first) == sum(second) == 6 * 20
     assert [x < 20 for x in first] == [x < 20 for x in reversed(second)] == [False] * 4 + [True] * 2
 

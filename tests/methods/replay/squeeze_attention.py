@@ -7,8 +7,6 @@ are one set for the batch, taken from row 0; ours are per row, and row 0 is comp
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from kvcompress.budget import Squeeze, cosine_importance, kmeans_1d, squeeze_ratios
@@ -66,8 +64,7 @@ def model_run(case: Golden) -> None:
     start = case.take("start_size", None) or 0
     if base == length:  # our budget stage, as the pipeline calls it
         stage = Squeeze(keep, p=p, allocation="official")
-        stores = [SimpleNamespace(seen=[length])] * layers
-        settled = stage.settle(stores, importance[:, :1].tolist(), floor=0)
+        settled = stage.settle(list(importance[:, :1]), [length], floor=0)
         assert [row[0] for row in settled] == budget
     for index in range(layers):
         method = (
