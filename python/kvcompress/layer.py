@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LayerState"]
+__all__ = ["ALL_QUERIES", "LayerState"]
+
+ALL_QUERIES = 2**62  # a score that looks at the queries of the whole prompt
 
 
 @dataclass
@@ -24,6 +26,8 @@ class LayerState:
         softmax_scale: factor of the logits.
         seq_start: ``[batch]`` int32 on the device, first real entry of each row; None: no row is padded.
         lse: ``[batch, num_q_heads, n]`` float32 log-sum-exp of the same queries, where the attention returned it.
+        inv_freq: ``[rotary_dim / 2]`` float32 rotary frequencies of the model, for scores that take a rotation back; None: the
+            model loop does not know them. Row b's entry j was rotated to position ``j - seq_start[b]``.
     """
 
     index: int
@@ -35,6 +39,7 @@ class LayerState:
     softmax_scale: float
     seq_start: Tensor | None = None
     lse: Tensor | None = None
+    inv_freq: Tensor | None = None
 
     @property
     def seq_len(self) -> int:
