@@ -1,0 +1,79 @@
+"""Selection: which entries are kept?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress import _check
+
+__all__ = ["topk"]
+
+_MAX_INT32 = 2**31 - 1
+
+
+def topk(
+    scores: Tensor,
+    k: int,
+    *,
+    sink: int = 0,
+    window: int = 0,
+    counts: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+) -> Tensor:
+    """The positions of the k entries of each head that matter most, ascending.
+
+    The first `sink` and the last `window` real entries of a row are kept before any other, then the largest scores. Exact
+    and deterministic: equal scores go to the smaller position, as do forced entries where not all fit. Scores rank
+    ``+inf > numbers > -inf > NaN``; NaN of either sign is taken only when nothing else is left, and -0 equals +0.
+
+    Args:
+        scores: ``[batch, heads, seq_len]`` float32, higher = keep; any strides with a contiguous last dimension.
+        k: entries kept a head, in [0, seq_len].
+        sink: real entries at the front that are always kept.
+        window: real entries at the end that are always kept; ``sink + window <= k``.
+        counts: ``[batch]`` int32, entries kept of each row where that is fewer than k; None: k.
+        seq_start: ``[batch]`` int32, first real entry of each row (left padding); None: 0.
+        seq_end: ``[batch]`` int32, one behind the last real entry; None: seq_len.
+
+    Returns:
+        ``[batch, heads, k]`` int32: the ``min(counts[b], k, real entries)`` kept positions, ascending, then -1.
+
+    Raises:
+        ValueError, TypeError: ``topk: argument must be ..., got ...``.
+
+    Scratch: none.
+
+    Example:
+        >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7, 0.2]]])
+        >>> kvcompress.topk(scores, 3, window=1)
+        tensor([[[1, 3, 4]]], dtype=torch.int32)
+    """
+    return _check.call(torch.ops.kvcompress.topk.default, scores, counts, seq_start, seq_end, k, sink, window)
+
+
+@torch.library.register_fake("kvcompress::topk")
+def _(
+    scores: Tensor,
+    counts: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    k: int,
+    sink: int,
+    window: int,
+) -> Tensor:
+    op = "topk"
+    _check.rank(op, "scores", scores, 3, "[batch, heads, seq_len]")
+    _check.dtype(op, "scores", scores, torch.float32)
+    _check.last_contiguous(op, "scores", scores)
+    batch, heads, seq_len = scores.shape
+    _check.require(seq_len <= _MAX_INT32, op, "scores", f"of at most {_MAX_INT32} entries a head", seq_len)
+    for name, vector in (("counts", counts), ("seq_start", seq_start), ("seq_end", seq_end)):
+        _check.row_vector(op, name, vector, batch, scores, "scores")
+    _check.require(k >= 0, op, "k", f"in [0, seq_len] ([0, {seq_len}])", k)
+    _check.require(k <= seq_len, op, "k", f"in [0, seq_len] ([0, {seq_len}])", k)
+    _check.require(sink >= 0, op, "sink", "at least 0", sink)
+    _check.require(window >= 0, op, "window", "at least 0", window)
+    _check.require(window <= k - sink, op, "window", f"at most k - sink ({k - sink})", window)
+    return scores.new_empty((batch, heads, k), dtype=torch.int32)

@@ -1,0 +1,278 @@
+"""topk against a plain sort, and its promises: the set, the tie rule, the order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvcompress
+from tests import cases
+from tests.bad_inputs import Bad
+from tests.reference import select as reference
+
+
+def check(scores, k, **options):
+    out = kvcompress.topk(scores, k, **options)
+    assert out.dtype == torch.int32
+    expected = reference.topk(scores.cpu(), k, **options)
+    assert torch.equal(out.cpu(), expected)
+
+
+def random(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_values(shape, share, *values):
+    """Random scores of which a share is each of `values`."""
+    scores = random(shape)
+    dice = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    for i, value in enumerate(values):
+        scores[(dice >= i * share) & (dice < (i + 1) * share)] = value
+    return scores
+
+
+def bits(shape, low, high):
+    """Scores whose uint32 patterns lie in [low, high)."""
+    return torch.randint(low, high, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0)).view(
+        torch.float32
+    )
+
+
+SHAPE = (2, 2, 700)
+KINDS = {
+    "random": lambda: random(SHAPE),
+    "probabilities": lambda: random(SHAPE).mul(4).softmax(-1),
+    "all_equal": lambda: torch.full(SHAPE, 0.25),
+    "few_values": lambda: random(SHAPE).round(),
+    "zeros_of_both_signs": lambda: with_values(SHAPE, 0.3, 0.0, -0.0),
+    "leading_11_bits_equal": lambda: bits(SHAPE, 0x3F800000, 0x3F9FFFFF),
+    "leading_22_bits_equal": lambda: bits(SHAPE, 0x3F800000, 0x3F8003FF),
+    "negative_leading_bits_equal": lambda: -bits(SHAPE, 0x3F800000, 0x3F8003FF),
+    "ascending": lambda: random(SHAPE).sort(-1).values,
+    "descending": lambda: random(SHAPE).sort(-1, descending=True).values,
+    "narrow": lambda: 1 + 1e-6 * random(SHAPE),
+    "denormal": lambda: bits(SHAPE, 1, 0x00000FFF),
+    "infinities": lambda: with_values(SHAPE, 0.2, math.inf, -math.inf),
+    "all_minus_inf": lambda: torch.full(SHAPE, -math.inf),
+    "nan_some": lambda: with_values(SHAPE, 0.2, math.nan, -math.nan, -math.inf),
+    "nan_most": lambda: with_values(SHAPE, 0.45, math.nan, -math.inf),
+    "nan_all": lambda: torch.full(SHAPE, math.nan),
+    "every_bit_pattern": lambda: bits(SHAPE, -(2**31), 2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [0, 1, 63, 350, 699, 700])
+def test_against_sort(kind, k, device):
+    scores = KINDS[kind]().to(device)
+    check(scores, k)
+    if k >= 63:
+        check(scores, k, sink=4, window=32)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 31, 32, 33, 63, 64, 65, 127, 1000, 2047, 4097, 8191, 12289, 30011, 70001])
+def test_sizes(seq_len, device):
+    scores = with_values((1, 2, seq_len), 0.1, 0.5, math.nan).to(device)
+    for k in sorted({0, 1, seq_len // 4, seq_len // 2, seq_len - 1, seq_len}):
+        check(scores, k)
+    check(scores.round(), seq_len // 3)
+
+
+def test_many_rows(device):
+    check(random((3, 67, 130)).to(device), 40, sink=2, window=3)
+
+
+def test_long_row(device):
+    """More entries than shared memory holds, with ties across the whole row."""
+    scores = (random((1, 1, 600_000)) * 50).round()
+    k = 100_000
+    index = kvcompress.topk(scores.to(device), k, sink=1, window=2).cpu()[0, 0].long()
+    values = scores[0, 0].clone()
+    values[0] = values[-2:] = math.inf
+    order = values.sort(descending=True, stable=True).indices[:k]
+    assert torch.equal(index, order.sort().values)
+
+
+def rows(device):
+    batch, seq_len = 5, 300
+    start = torch.tensor([0, 10, 200, 299, 300], dtype=torch.int32, device=device)
+    end = torch.tensor([300, 250, 230, 300, 300], dtype=torch.int32, device=device)
+    counts = torch.tensor([0, 100, 7, 50, 3], dtype=torch.int32, device=device)
+    return with_values((batch, 3, seq_len), 0.1, math.nan, 0.0).to(device), start, end, counts
+
+
+@pytest.mark.parametrize("k", [1, 50, 120])
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (1, 0), (0, 1), (4, 40), (40, 10)])
+def test_rows_of_different_lengths(k, sink, window, device):
+    sink, window = min(sink, k), min(window, k - min(sink, k))
+    scores, start, end, counts = rows(device)
+    check(scores, k, sink=sink, window=window, seq_start=start)
+    check(scores, k, sink=sink, window=window, seq_end=end)
+    check(scores, k, sink=sink, window=window, seq_start=start, seq_end=end)
+    check(scores, k, sink=sink, window=window, counts=counts)
+    check(scores, k, sink=sink, window=window, counts=counts, seq_start=start, seq_end=end)
+
+
+def test_vectors_are_clamped(device):
+    scores = random((4, 2, 50)).to(device)
+    wild = [
+        torch.tensor(v, dtype=torch.int32, device=device)
+        for v in ([-5, 70, 20, 3], [60, -1, 10, 2**31 - 1], [-1, 5, 9, 99])
+    ]
+    check(scores, 20, sink=3, window=2, seq_start=wild[0], seq_end=wild[1], counts=wild[2])
+
+
+def test_promised_set(device):
+    """No entry left out has a larger score than one kept."""
+    scores = random((2, 4, 5000)).to(device)
+    index = kvcompress.topk(scores, 1000).long()
+    kept = scores.gather(-1, index)
+    assert torch.equal(kept.sort(-1, descending=True).values, scores.topk(1000).values)
+
+
+def test_promised_ties(device):
+    """Of equal scores at the cut, the smaller positions are kept; of forced entries too."""
+    scores = torch.zeros(1, 1, 400, device=device)
+    scores[..., 100::3] = 1.0  # 100 of them
+    index = kvcompress.topk(scores, 150)[0, 0].tolist()
+    zeros = [i for i in index if i < 100 or (i - 100) % 3]
+    assert zeros == list(range(50))
+    counts = torch.tensor([5], dtype=torch.int32, device=device)
+    assert (
+        kvcompress.topk(scores, 20, sink=2, window=8, counts=counts)[0, 0].tolist() == [0, 1, 392, 393, 394] + [-1] * 15
+    )
+
+
+def test_promised_order(device):
+    index = kvcompress.topk(with_values((3, 5, 3001), 0.2, 1.0).to(device), 777)
+    assert (index.diff() > 0).all()
+
+
+def test_strided_views(device):
+    scores = random((3, 4, 257)).to(device)
+    expected = kvcompress.topk(scores, 100)
+    assert torch.equal(kvcompress.topk(cases.strided(scores), 100), expected)
+    assert torch.equal(kvcompress.topk(scores.transpose(0, 1), 100), expected.transpose(0, 1))
+    assert torch.equal(kvcompress.topk(scores[:, :1].expand(3, 4, 257), 100)[:, 3], expected[:, 0])
+    odd = torch.empty(3 * 4 * 257 + 1, device=device)[1:].view(3, 4, 257).copy_(scores)
+    assert torch.equal(kvcompress.topk(odd, 100), expected)
+
+
+def test_nested_in_k(device):
+    scores = with_values((1, 2, 2000), 0.2, 0.5).to(device)
+    large, small = (kvcompress.topk(scores, k).cpu() for k in (900, 300))
+    for h in range(2):
+        assert set(small[0, h].tolist()) <= set(large[0, h].tolist())
+
+
+def test_bitwise_run_to_run(device):
+    scores = with_values((2, 8, 9000), 0.2, 0.5, math.nan).to(device)
+    first = kvcompress.topk(scores, 2500, window=32)
+    assert all(torch.equal(kvcompress.topk(scores, 2500, window=32), first) for _ in range(5))
+
+
+def test_empty(device):
+    for shape, k in [((0, 2, 8), 3), ((2, 0, 8), 3), ((2, 3, 0), 0), ((2, 3, 8), 0)]:
+        assert kvcompress.topk(torch.empty(shape, device=device), k).shape == (*shape[:2], k)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_fuzz(data):
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    seq_len = data.draw(st.integers(1, 200))
+    k = data.draw(st.integers(0, seq_len))
+    sink = data.draw(st.integers(0, k))
+    window = data.draw(st.integers(0, k - sink))
+    levels = data.draw(st.sampled_from([1, 2, 5, 1000]))
+    seed = data.draw(st.integers(0, 9999))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.cat(
+        [torch.randn(levels, generator=generator), torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])]
+    )
+    scores = values[torch.randint(0, len(values), (batch, heads, seq_len), generator=generator)]
+    vectors = {
+        name: torch.randint(-2, seq_len + 3, (batch,), generator=generator, dtype=torch.int32)
+        for name in ("counts", "seq_start", "seq_end")
+        if data.draw(st.booleans())
+    }
+    check(scores, k, sink=sink, window=window, **vectors)
+
+
+def samples(device):
+    scores, start, end, counts = rows(device)
+    return [
+        (scores, None, None, None, 40, 0, 0),
+        (scores, counts, start, end, 40, 4, 8),
+        (cases.strided(scores), None, start, None, 300, 0, 32),
+    ]
+
+
+def wrong(**changes):
+    """The op's arguments on a device, all right but for `changes`."""
+
+    def args(device):
+        good = {
+            "scores": torch.randn(2, 3, 16, device=device),
+            "counts": None,
+            "seq_start": torch.zeros(2, dtype=torch.int32, device=device),
+            "seq_end": None,
+            "k": 8,
+            "sink": 2,
+            "window": 4,
+        }
+        good.update({name: change(device) if callable(change) else change for name, change in changes.items()})
+        return tuple(good.values())
+
+    return args
+
+
+def full(*shape, dtype=torch.float32):
+    return lambda device: torch.ones(shape, dtype=dtype, device=device)
+
+
+def ints(*values):
+    return lambda device: torch.tensor(values, dtype=torch.int32, device=device)
+
+
+NAME = "topk"
+BAD = [
+    Bad("rank", wrong(scores=full(3, 16)), f"{NAME}: scores must be [batch, heads, seq_len], got 2D [3, 16]"),
+    Bad("dtype", wrong(scores=full(2, 3, 16, dtype=torch.bfloat16)), f"{NAME}: scores must be float32, got bfloat16"),
+    Bad(
+        "stride",
+        wrong(scores=lambda d: torch.ones(2, 16, 3, device=d).mT),
+        f"{NAME}: scores must be contiguous in the last dimension, got a last stride of 3",
+    ),
+    Bad("counts_shape", wrong(counts=full(3, dtype=torch.int32)), f"{NAME}: counts must be [batch] (2), got 1D [3]"),
+    Bad("counts_dtype", wrong(counts=full(2, dtype=torch.int64)), f"{NAME}: counts must be int32, got int64"),
+    Bad(
+        "seq_start_rank",
+        wrong(seq_start=full(2, 1, dtype=torch.int32)),
+        f"{NAME}: seq_start must be [batch] (2), got 2D [2, 1]",
+    ),
+    Bad("seq_end_dtype", wrong(seq_end=full(2)), f"{NAME}: seq_end must be int32, got float32"),
+    Bad("k_over", wrong(k=17), f"{NAME}: k must be in [0, seq_len] ([0, 16]), got 17"),
+    Bad("k_negative", wrong(k=-1), f"{NAME}: k must be in [0, seq_len] ([0, 16]), got -1"),
+    Bad("sink_negative", wrong(sink=-2), f"{NAME}: sink must be at least 0, got -2"),
+    Bad("window_negative", wrong(window=-1), f"{NAME}: window must be at least 0, got -1"),
+    Bad("forced_over", wrong(sink=3, window=6), f"{NAME}: window must be at most k - sink (5), got 6"),
+    Bad("sink_over", wrong(sink=9, window=0), f"{NAME}: window must be at most k - sink (-1), got 0"),
+    Bad("count_value", wrong(counts=ints(3, -1)), f"{NAME}: counts must be at least 0, got -1 at [1]", reads_data=True),
+    Bad(
+        "start_value",
+        wrong(seq_start=ints(17, 0)),
+        f"{NAME}: seq_start must be in [0, seq_len], got 17 at [0]",
+        reads_data=True,
+    ),
+    Bad(
+        "end_value",
+        wrong(seq_end=ints(16, 20)),
+        f"{NAME}: seq_end must be in [0, seq_len], got 20 at [1]",
+        reads_data=True,
+    ),
+]
