@@ -20,3 +20,14 @@ def strided(t: Tensor) -> Tensor:
     view = wide[..., ::2, : t.shape[-1]]
     view.copy_(t)
     return view
+
+
+def kept_index(
+    batch: int, heads: int, seq_len: int, k: int, device: str | torch.device, *, ragged: bool = False
+) -> Tensor:
+    """A kept index [batch, heads, k] int32 at random: ascending, and if `ragged` ever fewer entries before the -1."""
+    index = torch.rand(batch, heads, seq_len).argsort(-1)[..., :k].sort(-1).values.int()
+    if ragged:
+        counts = torch.randint(0, k + 1, (batch, heads, 1))
+        index = torch.where(torch.arange(k) < counts, index, -1)
+    return index.int().to(device)

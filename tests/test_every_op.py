@@ -22,7 +22,11 @@ PLUMBING = {"build_id", "set_debug"}  # no tensors, nothing to check
 
 
 def op_names() -> list[str]:
-    names = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("kvcompress::")}
+    names = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("kvcompress::")
+    }
     return sorted(names - PLUMBING)
 
 
@@ -75,17 +79,34 @@ def message(op: str, args) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("op", "bad"), BAD, ids=lambda x: getattr(x, "name", x))
-def test_bad_input(op, bad, device):
+@pytest.fixture
+def debug(request):
+    """The debug switch on, for wrong calls that only data shows."""
+    kvcompress.set_debug(request.param)
+    yield
+    kvcompress.set_debug(False)
+
+
+@pytest.mark.parametrize(
+    ("op", "bad", "debug"),
+    [(op, bad, bad.reads_data) for op, bad in BAD],
+    indirect=["debug"],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_bad_input(op, bad, debug, device):
     args = bad.make(device)
     before = [t.clone() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
     assert bad.words in message(op, args)
     after = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
     for x, y in zip(before, after):  # nothing half written
-        assert torch.equal(x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if y.is_floating_point() else y)
+        assert torch.equal(
+            x.nan_to_num() if x.is_floating_point() else x, y.nan_to_num() if y.is_floating_point() else y
+        )
 
 
-@pytest.mark.parametrize(("op", "bad"), [(op, bad) for op, bad in BAD if not bad.reads_data], ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize(
+    ("op", "bad"), [(op, bad) for op, bad in BAD if not bad.reads_data], ids=lambda x: getattr(x, "name", x)
+)
 def test_bad_input_fake(op, bad):
     args = bad.make("cpu")
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:

@@ -1,0 +1,31 @@
+// gather: the kept rows of K, V and whatever lies beside them, copied into new buffers with room
+// behind them.
+//
+//   out[b, h, i] = tensor[b, h / (heads / tensor heads), index[b, h, i]]   for i < k and index[b,
+//   h, i] >= 0 out[b, h, i] = 0                                                      everywhere
+//   else, up to capacity
+//
+// index need not ascend and may repeat entries. With more heads than a tensor has (a multiple), its
+// heads are stored once per query head. Entries outside [0, seq_len) give zeros (the debug switch
+// reports them).
+#pragma once
+
+#include <cstdint>
+
+#include "host/rows.h"
+
+namespace kvc {
+
+struct GatherParams {
+  Rows sources[kMaxTensors];  // [batch, tensor heads, seq_len] rows
+  Rows outs[kMaxTensors];     // [batch, heads, capacity] rows of the same bytes, contiguous
+  const int32_t* index;       // [batch, heads, k], last dimension contiguous
+  int64_t index_batch_stride, index_head_stride;  // in elements
+  int64_t batch, heads, seq_len, k, capacity;
+  int32_t num_tensors;
+};
+
+void gather_cpu(const GatherParams& params);
+void gather_cuda(const GatherParams& params, void* stream);
+
+}  // namespace kvc
