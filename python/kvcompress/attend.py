@@ -1,0 +1,132 @@
+"""Attend: attention of new queries over what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["attend"]
+
+_MASK_ELEMENTS = 1 << 26  # a mask of many queries over many entries is made in blocks of at most 64 MiB
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    starts: Sequence[int] | None = None,
+    ends: Sequence[int] | None = None,
+    device_ends: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention in which every row of the batch has its own bounds, known on the host.
+
+    Row b's entries are the slots ``[starts[b], ends[b])``; its queries are the last ones of that row, so query i sees the
+    slots ``[starts[b], ends[b] - (num_queries - 1 - i))``. A query that sees nothing (padding) gets zeros.
+
+    K and V are never copied or repeated for grouped queries, and a mask is made only where neither the shapes nor the bounds
+    say the same: one query over rows of unequal length (``[batch, 1, 1, seq_len]``), or several queries behind older
+    entries (``[num_queries, seq_len]``, in blocks).
+
+    Args:
+        q: ``[batch, num_q_heads, num_queries, head_dim]``.
+        k, v: ``[batch, heads, seq_len, head_dim]``; heads divides num_q_heads (kv heads, or the query heads themselves).
+        softmax_scale: factor of the logits; None: ``1 / sqrt(head_dim)``.
+        starts: first slot of each row; None: 0.
+        ends: slot behind the last of each row; None: seq_len.
+        device_ends: `ends` as ``[batch]`` int32 on the device, where the caller has it already.
+
+    Returns:
+        ``[batch, num_q_heads, num_queries, head_dim of v]``, dtype of q.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 100, 64), torch.randn(2, 2, 100, 64)
+        >>> attend(q, k, v, ends=[100, 60]).shape
+        torch.Size([2, 8, 1, 64])
+    """
+    batch, num_queries, seq_len = q.shape[0], q.shape[2], k.shape[2]
+    starts = [0] * batch if starts is None else list(starts)
+    ends = [seq_len] * batch if ends is None else list(ends)
+    if len(set(zip(starts, ends))) <= 1:
+        first, last = (starts[0], ends[0]) if batch else (0, seq_len)
+        return _equal_rows(q, k[:, :, first:last], v[:, :, first:last], softmax_scale)
+    if num_queries == 1 and all(start < end for start, end in zip(starts, ends)):
+        last = max(ends)
+        slots = torch.arange(last, dtype=torch.int32, device=q.device)
+        if device_ends is None:
+            device_ends = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        visible = slots < device_ends[:, None]
+        if any(starts):
+            visible &= slots >= torch.tensor(starts, dtype=torch.int32, device=q.device)[:, None]
+        return _one_query(q, k[:, :, :last], v[:, :, :last], softmax_scale, visible[:, None, None])
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    for row, (first, last) in enumerate(zip(starts, ends)):
+        one = slice(row, row + 1)
+        out[one] = _equal_rows(q[one], k[one, :, first:last], v[one, :, first:last], softmax_scale)
+    return out
+
+
+def _equal_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """All rows see the same slots: the queries are the last tokens of k and v."""
+    num_queries, seq_len = q.shape[2], k.shape[2]
+    blind = num_queries - seq_len
+    if blind > 0:
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        if seq_len > 0:
+            out[:, :, blind:] = _equal_rows(q[:, :, blind:], k, v, scale)
+        return out
+    if num_queries == 1:
+        return _one_query(q, k, v, scale, None)
+    if num_queries == seq_len:
+        return _causal(q, k, v, scale)
+    block = max(1, _MASK_ELEMENTS // seq_len)
+    parts = [
+        _behind(q[:, :, i : i + block], k, v, scale, hidden=max(0, num_queries - i - block))
+        for i in range(0, num_queries, block)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None, visible: Tensor | None) -> Tensor:
+    """One query a row. The query heads of a kv head become its query rows: no repeat of K and V, and the fast path stays."""
+    batch, num_q_heads, _, head_dim = q.shape
+    rows = q.reshape(batch, k.shape[1], -1, head_dim)
+    if visible is not None:
+        visible = visible.expand(-1, -1, rows.shape[2], -1)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible, scale=scale)
+    return out.reshape(batch, num_q_heads, 1, v.shape[3])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """A whole prompt, without any mask."""
+    if q.shape[1] == k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if q.dtype != torch.float32 or q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return _grouped(q, k, v, None, scale)  # no fused CUDA kernel takes float32 with enable_gqa
+
+
+def _behind(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, hidden: int) -> Tensor:
+    """Several queries, older entries before them; the last `hidden` slots belong to later queries."""
+    seq_len, num_queries = k.shape[2] - hidden, q.shape[2]
+    mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q.device).tril_(seq_len - num_queries)
+    return _grouped(q, k[:, :, :seq_len], v[:, :, :seq_len], mask, scale)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Grouped queries without repeating K and V: kv heads join the batch, and each is read by its whole group (stride 0)."""
+    batch, num_q_heads, num_queries, head_dim = q.shape
+    heads = k.shape[1]
+    group = num_q_heads // heads
+    if group > 1 and batch > 1 and any(t.stride(0) != heads * t.stride(1) for t in (k, v)):
+        rows = [_grouped(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, scale) for b in range(batch)]
+        return torch.cat(rows)
+    if group > 1:
+        q = q.reshape(batch * heads, group, num_queries, head_dim)
+        k, v = (t.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.reshape(batch, num_q_heads, num_queries, v.shape[3])
