@@ -110,14 +110,24 @@ class Pipeline:
 
     # --- prefill
 
-    def compress(self, layer: LayerState) -> DenseStore:
-        """Scores, cuts and stores a layer whose prefill attention is done. Its full K and V can be freed afterwards."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether layers are cut to an upper bound only, because not all of them have been measured."""
+        return bool(self._unsettled)
+
+    def compress(self, layer: LayerState, store: DenseStore | None = None) -> DenseStore:
+        """Scores, cuts and stores a layer whose prefill attention is done. Its full K and V can be freed afterwards.
+
+        `store` holds the same prompt already, if the loop kept it as one (it came in chunks): it is returned as it is if
+        nothing is dropped.
+        """
         budget, select = self.stages.budget, self.stages.select
         scores = functools.cache(lambda: self.stages.score(layer))
         targets = [max(target, select.forced) for target in budget.first(layer, scores)]
         counts = [min(target, length) for target, length in zip(targets, layer.lengths)]
         if counts == layer.lengths and not budget.deferred:  # nothing to drop: nothing is computed
-            store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
+            if store is None:
+                store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
         else:
             store = DenseStore.gathered(
                 layer.keys,
