@@ -223,9 +223,14 @@ class DenseStore:
 
     # --- the batch
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row ``rows[i]`` (beam search, repeats, sub-batches)."""
-        picked = rows.tolist()
+    def select_rows(self, rows: Tensor, picked: list[int] | None = None) -> None:
+        """Row i becomes the old row ``rows[i]`` (beam search, repeats, sub-batches).
+
+        `picked` is the same on the host, where the caller has it (one device read for all layers).
+        """
+        picked = rows.tolist() if picked is None else picked
+        if picked == list(range(self.batch)):
+            return
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
         self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
