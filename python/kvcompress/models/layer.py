@@ -72,7 +72,7 @@ class CompressedLayer(CacheLayerMixin):
     # --- what transformers asks
 
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    def is_initialized(self) -> bool:
         """Whether a prompt is stored."""
         return self.store is not None
 
