@@ -292,7 +292,8 @@ class Squeeze(Budget):
         """The most that any clustering can give one layer: every other group is a single layer."""
         layers, important = layer.num_layers, min(self.groups - 1, layer.num_layers)
         share = (layers - (layers - important) * self.p) / important
-        return [min(n, int(share * self._keep(n) * n) + 1) if n else 0 for n in layer.lengths]
+        means = [max(self._keep(n) * n, entries(self.budget, n)) if n else 0 for n in layer.lengths]
+        return [min(n, int(share * mean) + 1) for n, mean in zip(layer.lengths, means)]
 
     def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
         layers, columns = len(measured), []

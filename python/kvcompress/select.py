@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kvcompress import _check
 
-__all__ = ["topk"]
+__all__ = ["TopK", "topk"]
 
 _MAX_INT32 = 2**31 - 1
 
@@ -77,3 +80,34 @@ def _(
     _check.require(window >= 0, op, "window", "at least 0", window)
     _check.require(window <= k - sink, op, "window", f"at most k - sink ({k - sink})", window)
     return scores.new_empty((batch, heads, k), dtype=torch.int32)
+
+
+# --- select stages
+
+
+@dataclass(frozen=True)
+class TopK:
+    """`topk` per head, as a stage: the first `sink` and the last `window` real entries, then the largest scores."""
+
+    sink: int = 0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TopK: {name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def forced(self) -> int:
+        return self.sink + self.window
+
+    def __call__(
+        self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> Tensor:
+        k = max(counts, default=0)
+        per_row = None
+        if min(counts, default=k) < k:
+            per_row = torch.tensor(counts, dtype=torch.int32, device=scores.device)
+        sink = min(self.sink, k)  # a row shorter than what is forced keeps all it has
+        window = min(self.window, k - sink)
+        return topk(scores, k, sink=sink, window=window, counts=per_row, seq_start=seq_start, seq_end=seq_end)

@@ -42,7 +42,7 @@ def budget_table(case: Golden) -> None:
 
 
 def model_run(case: Golden) -> None:
-    case.ignore("L", "E", "Hq", "Hkv", "B", "sklearn_equals_exact_optimum")
+    case.ignore("L", "E", "S", "Hq", "Hkv", "B", "sklearn_equals_exact_optimum")
     arch = case.take("arch")
     assert arch in ("llama", "mistral")
     before, after = case["h_in"], case["h_attn"]
