@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
   library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");
   library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");
+  // attend
+  library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");
+  library.def("ragged_decode_attention(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor lengths, SymInt max_length, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");
   library.def("set_debug(bool enabled) -> ()");
   library.def("build_id() -> int");
 }

@@ -15,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvcompress
-from tests import budget, score, select, store
+from tests import attend, budget, score, select, store
 
-STAGES = (score, budget, select, store)
+STAGES = (score, budget, select, store, attend)
 PLUMBING = {"build_id", "set_debug"}  # no tensors, nothing to check
 
 

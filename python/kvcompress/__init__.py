@@ -8,12 +8,23 @@ _library.load()
 
 from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
+from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import topk  # noqa: E402
 from kvcompress.store import append_, compact_, gather  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["append_", "compact_", "cosine_importance", "gather", "set_debug", "topk", "window_scores"]
+__all__ = [
+    "append_",
+    "compact_",
+    "cosine_importance",
+    "decode_attention",
+    "gather",
+    "ragged_decode_attention",
+    "set_debug",
+    "topk",
+    "window_scores",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,123 @@
+// decode_attention, ragged_decode_attention: attention of a few new tokens over what is stored.
+//
+//   x[r, j] = softmax_scale * <q[r], k[j]>,   lse[r] = log sum over visible j of exp(x[r, j]),
+//   out[r] = sum over visible j of exp(x[r, j] - lse[r]) v[j]
+//
+// Rows: the q_per_kv query heads of a kv head times the num_queries new tokens are packed, r = head
+// in group * num_queries + i, so that K and V are read once for all of them. Query i sees the slots
+// [0, length
+// - (num_queries - 1 - i)) of its store: the new tokens are already in it. Where nothing is visible
+// lse is -inf and out 0.
+//
+// Dense and ragged stores differ in one thing: where the entries of (b, h) start and how many they
+// are.
+//
+// Split: the entries of all stores, cut into tiles, form one line, and worker w owns the w-th equal
+// part of it: a store of ten times the entries gets ten times the workers. What a worker makes of
+// one store is a partial result: max and sum of every row in base 2, and the weighted sum of
+// values, all float32; a second step adds up the partials of a store in the order of their workers.
+// The parts depend on sizes and lengths alone, so every run gives the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "host/dtype.h"
+
+namespace kvc {
+
+constexpr int64_t kAttendMaxHeadDim = 256;
+constexpr int64_t kAttendMaxQueries = 8;
+constexpr int64_t kAttendMaxWorkers = 512;
+constexpr int64_t kStepKeys = 16;  // keys a warp takes at a time
+
+// How much of a store a worker holds at once. Tile: 16 keys a warp, as many warps as fill 32 KB of
+// shared memory with K and V, at most 4. Slice: the packed rows that the registers of these warps
+// hold; more rows than that are cut into slices, each of which reads K and V again.
+struct AttendShape {
+  int64_t padded_dim, warps, tile, max_slice;
+};
+
+constexpr AttendShape attend_shape(int64_t head_dim, bool is_float32) {
+  const int64_t padded_dim = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+  const int64_t warp_bytes = kStepKeys * padded_dim * 2 * (is_float32 ? 4 : 2);
+  const int64_t warps = std::min<int64_t>(4, 32768 / warp_bytes);
+  return {padded_dim, warps, warps * kStepKeys, warps * (is_float32 ? 8 : 16)};
+}
+
+struct DecodeAttentionParams {
+  const void* q;  // [batch, num_q_heads, num_queries, head_dim], last dimension contiguous
+  const void* k;  // dense: BHSD [batch, num_kv_heads, width, head_dim]; ragged: packed
+  const void* v;  // [total, head_dim]
+  const int64_t* row_start;  // ragged: [batch * num_kv_heads], first packed row; dense: null
+  const int32_t* lengths;    // ragged: [batch * num_kv_heads]; dense: [batch], or null: width
+  void* out;                 // [batch, num_q_heads, num_queries, head_dim] dense
+  float* lse;                // [batch, num_q_heads, num_queries]
+  float* logits;             // [batch, num_q_heads, num_queries, width], or null
+  float* partial_out;        // [max_workers + num_rows()][slice][head_dim] scratch
+  float* partial_stats;      // [max_workers + num_rows()][slice][2] scratch: max, sum
+  int64_t* tile_start;       // [batch * num_kv_heads + 1] scratch: tiles of the stores before
+  int64_t batch, num_q_heads, num_kv_heads, num_queries, head_dim;
+  int64_t width;  // upper bound of the lengths
+  int64_t max_workers;
+  int64_t q_batch_stride, q_head_stride, q_row_stride;  // in elements
+  int64_t k_batch_stride, k_head_stride, k_row_stride;  // ragged: the first two are 0
+  int64_t v_batch_stride, v_head_stride, v_row_stride;
+  float softmax_scale, scale_log2;  // scale_log2 = softmax_scale * log2(e)
+  DType dtype;
+
+  constexpr AttendShape shape() const { return attend_shape(head_dim, dtype == DType::kFloat32); }
+  constexpr int64_t num_stores() const { return batch * num_kv_heads; }
+  constexpr int64_t packed_rows() const { return num_q_heads / num_kv_heads * num_queries; }
+  constexpr int64_t slice() const { return std::min(packed_rows(), shape().max_slice); }
+  constexpr int64_t slices() const { return (packed_rows() + slice() - 1) / slice(); }
+  constexpr int64_t num_rows() const { return num_stores() * slices(); }  // store by store
+
+  constexpr int64_t length(int64_t store) const {
+    if (lengths == nullptr) return width;
+    const int64_t n = lengths[row_start ? store : store / num_kv_heads];
+    return n < 0 ? 0 : n < width ? n : width;
+  }
+  // What the i-th new token sees of a store of `length` entries.
+  constexpr int64_t visible(int64_t length, int64_t i) const {
+    const int64_t n = length - (num_queries - 1 - i);
+    return n < 0 ? 0 : n;
+  }
+  constexpr int64_t k_offset(int64_t store) const {
+    return row_start ? row_start[store] * k_row_stride
+                     : store / num_kv_heads * k_batch_stride + store % num_kv_heads * k_head_stride;
+  }
+  constexpr int64_t v_offset(int64_t store) const {
+    return row_start ? row_start[store] * v_row_stride
+                     : store / num_kv_heads * v_batch_stride + store % num_kv_heads * v_head_stride;
+  }
+  // Element 0 of packed row r of a store in q.
+  constexpr int64_t q_offset(int64_t store, int64_t r) const {
+    const int64_t head = store % num_kv_heads * (num_q_heads / num_kv_heads) + r / num_queries;
+    return store / num_kv_heads * q_batch_stride + head * q_head_stride +
+           r % num_queries * q_row_stride;
+  }
+  // Its number in out, lse and logits: store * packed_rows() + r, since heads of a group are
+  // neighbours.
+  constexpr int64_t out_row(int64_t store, int64_t r) const { return store * packed_rows() + r; }
+};
+
+// The equal parts of a line of tiles. Workers without a tile do not exist.
+struct AttendParts {
+  int64_t tiles, workers;
+  constexpr AttendParts(int64_t tiles, int64_t available)
+      : tiles(tiles), workers(tiles < available ? tiles : available) {}
+  constexpr int64_t begin(int64_t worker) const { return worker * tiles / workers; }
+  constexpr int64_t owner(int64_t tile) const { return ((tile + 1) * workers - 1) / tiles; }
+};
+
+// The scratch slot of a partial result. From one partial to the next along the line the worker or
+// the row grows, so the sum names each but once.
+constexpr int64_t attend_slot(int64_t worker, int64_t row) {
+  return worker + row;
+}
+
+void decode_attention_cpu(const DecodeAttentionParams& params);
+void decode_attention_cuda(const DecodeAttentionParams& params, void* stream);
+
+}  // namespace kvc
