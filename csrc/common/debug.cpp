@@ -57,7 +57,8 @@ void check_index_values(const char* op, const char* argument, const Tensor& t,
   if (found.position < 0) return;
   std::string at = "]";
   for (int64_t dim = dims - 1, rest = found.position; dim >= 0; --dim) {
-    at = (dim > 0 ? ", " : "[") + text(rest % t.size(dim)) + at;
+    at.insert(0, text(rest % t.size(dim)));
+    at.insert(0, dim > 0 ? ", " : "[");
     rest /= t.size(dim);
   }
   fail(op, argument, must, text(found.value) + " at " + at);
