@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvcompress import _check
-from kvcompress.layer import LayerState
+from kvcompress.layer import ALL_QUERIES, LayerState
 
-__all__ = ["Recency", "WindowAttention", "window_scores"]
+__all__ = ["ReceivedAttention", "Recency", "WindowAttention", "window_scores"]
 
 WindowReduce = Literal["sum", "mean", "max"]
 GroupReduce = Literal["none", "mean", "max", "sum"]
@@ -239,3 +239,54 @@ class Recency:
 
     def __str__(self) -> str:
         return "position only"
+
+
+@dataclass(frozen=True)
+class ReceivedAttention:
+    """Attention that every entry receives from the last `queries` prompt tokens, those tokens' own columns included.
+
+    ``score(j) = reduce over heads of sum over queries i >= j of P[h, i, j]``: column sums of the causal attention map,
+    which is never written. Entry j is seen by the queries at and behind it, so early entries collect from more of them.
+
+    Attributes:
+        queries: how many of the last prompt tokens look; all of them by default.
+        group_reduce: over the query heads of a kv head: "mean", "max", "sum", or "none": one row a query head.
+        per_viewer: divides by the number of queries that see the entry, ``min(queries, seq_len - j)``.
+        shared: mean over all heads, so that every head of the layer ranks alike.
+    """
+
+    queries: int = ALL_QUERIES
+    group_reduce: GroupReduce = "mean"
+    per_viewer: bool = False
+    shared: bool = False
+    by_position = False
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ValueError(f"ReceivedAttention: queries must be at least 1, got {self.queries}")
+        if self.shared and self.group_reduce != "mean":
+            raise ValueError(
+                f'ReceivedAttention: group_reduce must be "mean" for heads that share a score, got "{self.group_reduce}"'
+            )
+
+    def __call__(self, layer: LayerState) -> Tensor:
+        queries, seq_len = layer.window(self.queries), layer.seq_len
+        window = queries.shape[2]
+        scores = window_scores(
+            queries,
+            layer.keys,
+            lse=None if layer.lse is None else layer.lse[:, :, -window:],
+            seq_start=layer.seq_start,
+            first_query=seq_len - window,
+            num_scored=seq_len,
+            group_reduce=self.group_reduce,
+            softmax_scale=layer.softmax_scale,
+        )
+        if self.per_viewer:
+            scores = scores / torch.arange(seq_len, 0, -1, device=scores.device).clamp(max=window)
+        # as many query heads stand behind every kv head, so the mean of their means is the mean over all
+        return scores.mean(1, keepdim=True).expand_as(scores) if self.shared else scores
+
+    def __str__(self) -> str:
+        who = "all prompt tokens" if self.queries == ALL_QUERIES else f"the last {self.queries} prompt tokens"
+        return f"attention received from {who}"
