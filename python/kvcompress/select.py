@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress import _check
 
-__all__ = ["TopK", "topk"]
+__all__ = ["TopK", "TopKRecent", "topk"]
 
 _MAX_INT32 = 2**31 - 1
 
@@ -111,3 +111,32 @@ class TopK:
         sink = min(self.sink, k)  # a row shorter than what is forced keeps all it has
         window = min(self.window, k - sink)
         return topk(scores, k, sink=sink, window=window, counts=per_row, seq_start=seq_start, seq_end=seq_end)
+
+
+@dataclass(frozen=True)
+class TopKRecent:
+    """`topk` per head where a share of the budget goes to the most recent entries, as a stage.
+
+    Of the n entries that a row keeps, the last ``int(recent * n)`` stay whatever their score, then the largest scores; so
+    the recent zone follows the budgets of rows and layers. A smaller n keeps a subset of what a larger one keeps.
+    """
+
+    recent: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"TopKRecent: recent must be a share in [0, 1], got {self.recent}")
+
+    @property
+    def forced(self) -> int:
+        return 0
+
+    def __call__(
+        self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> Tensor:
+        recent = torch.tensor([int(self.recent * n) for n in counts], dtype=torch.int32, device=scores.device)
+        column = torch.arange(scores.shape[2], device=scores.device)
+        end = scores.shape[2] if seq_end is None else seq_end
+        is_recent = column >= (end - recent)[:, None]
+        forced = scores.masked_fill(is_recent[:, None], torch.inf)
+        return TopK()(forced, counts, seq_start=seq_start, seq_end=seq_end)

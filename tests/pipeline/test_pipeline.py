@@ -15,6 +15,8 @@ METHODS = {
     "snapkv": {"window": 8},
     "streaming_llm": {},
     "sliding_window": {},
+    "tova": {},
+    "h2o": {},
 }
 
 
