@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   build["cuda"] = KVC_CUDA_VERSION;  // "" in a CPU-only build
   build["cuda_architectures"] = KVC_CUDA_ARCHITECTURES;
   build["compiler"] = KVC_COMPILER;
+  build["torch"] = KVC_TORCH_VERSION;  // whose headers; the binary runs on every torch from 2.11 on
   build["build_type"] = KVC_BUILD_TYPE;
   m.attr("build") = build;
 }

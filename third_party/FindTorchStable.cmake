@@ -21,7 +21,7 @@ if(NOT KVC_TORCH_ROOT)
       "kvcompress: no torch found to build against. Install torch>=2.11 first, then either build with "
       "`pip install --no-build-isolation .` or pass -DKVC_TORCH_ROOT=<folder of the torch package>.")
   endif()
-  set(KVC_TORCH_ROOT "${_kvc_root}" CACHE PATH "folder of the torch package" FORCE)
+  set(KVC_TORCH_ROOT "${_kvc_root}") # not cached: the next configure may run in another environment
 endif()
 
 if(NOT EXISTS "${KVC_TORCH_ROOT}/include/torch/csrc/stable/library.h")

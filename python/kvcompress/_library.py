@@ -30,4 +30,9 @@ def load() -> None:
             f"kvcompress: {_FILE_NAME} is not beside the Python files; "
             "build it with `pip install --no-build-isolation .` in the source tree"
         )
-    torch.ops.load_library(str(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"kvcompress: {path} does not load into torch {torch.__version__}, which must be 2.11 or newer: {error}"
+        ) from error
