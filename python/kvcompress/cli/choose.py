@@ -132,7 +132,7 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         fail(

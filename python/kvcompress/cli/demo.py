@@ -7,16 +7,18 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Group
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from kvcompress.cli import choose
 from kvcompress.cli.console import fail, notes, print_json, results
@@ -101,7 +103,7 @@ def demo(
         list[str] | None, typer.Option("--set", help="A parameter of all methods that have it, key=value.")
     ] = None,
     tasks: Annotated[Path | None, typer.Option(help="Other questions: FILE.jsonl[.gz], see models/tasks.")] = None,
-    questions: Annotated[int, typer.Option(min=0, help="How many; 0 asks all of the file.")] = 6,
+    questions: Annotated[int, typer.Option(min=0, help="How many; 0 asks all of the file.")] = 4,
     seed: Annotated[int, typer.Option(help="Which questions of the file.")] = 0,
     model: Annotated[str | None, typer.Option(help="Another model; kvc-mini if none is given.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
@@ -111,6 +113,10 @@ def demo(
     """Ask about needles in 4k-token documents, with the full cache and with a tenth of its entries."""
     entries = choose.parse_budget(budget)
     words = ["full", *(name for name in method or _METHODS if name != "full")]
+    unused = {text.partition("=")[0] for text in settings or ()}.difference(*map(choose.parameters, words))
+    if unused:
+        known = ", ".join(sorted(set().union(*map(choose.parameters, words))))
+        fail(f"no method here has the parameter {', '.join(sorted(unused))}", f"they have: {known}")
     chosen = {name: choose.method(name, entries, _settings(name, settings or ())) for name in words}
     if plot is not None:
         from kvcompress.cli.plot import require_matplotlib
@@ -124,7 +130,8 @@ def demo(
     kept: dict[str, list[Any]] = {}
     with Progress(console=notes(), transient=True) as progress, torch.inference_mode():
         task = progress.add_task("answering", total=len(asked) * len(runs))
-        ask(loaded, tokenizer, asked[0], None)  # warms the machine up, so that the first run is not the slowest
+        short = replace(asked[0], context=asked[0].context[-2000:])
+        ask(loaded, tokenizer, short, None)  # warms the machine up, so that the first run is not the slowest
         for question in asked:
             for run in runs:
                 answer, positions = ask(loaded, tokenizer, question, chosen[run.method])
@@ -149,13 +156,12 @@ def read_questions(path: Path) -> list[Question]:
     """All lines of a task file."""
     if not path.is_file():
         fail(f"--tasks {path}: no such file", "give a FILE.jsonl or FILE.jsonl.gz as models/tasks/README.md describes")
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     names = Question.__dataclass_fields__
     try:
-        with opened as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-            return [Question(**{name: row[name] for name in names}) for row in rows]
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        rows = [json.loads(line) for line in data.split(b"\n") if line.strip()]
+        return [Question(**{name: row[name] for name in names}) for row in rows]
+    except (EOFError, KeyError, TypeError, ValueError, OSError) as error:
         fail(f"--tasks {path} is no task file: {error!r}", f"each line is a JSON object with {', '.join(names)}")
 
 
@@ -245,25 +251,33 @@ def _where(tokenizer: Any, question: Question) -> int | None:
 
 def _tables(runs: Sequence[Run]) -> Group:
     summaries = [run.summary() for run in runs]
-    highest = max((max(s["kv_entries_per_layer"]) for s in summaries[1:]), default=summaries[0]["logical_tokens"])
+    full = summaries[0]
+    highest = max((max(s["kv_entries_per_layer"]) for s in summaries[1:]), default=full["logical_tokens"])
     table = Table(
-        title=f"{summaries[0]['questions']} questions on documents of about {summaries[0]['logical_tokens']} tokens",
-        caption=f"a full bar is {highest} entries or more",
+        title=f"questions: {full['questions']}, each on a document of about {full['logical_tokens']} tokens",
+        caption=f"A bar a layer; a full one is {highest} entries or more. Bytes include the room for new tokens.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 1, 0),
     )
-    for heading in ("method", "entries kept, layer by layer", "KV cache", "prefill", "decode", "right"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("method", "kept", "KV cache", "prefill", "decode", "right"):
+        table.add_column(heading, no_wrap=True)
     for s in summaries:
         kept = s["kv_entries_per_layer"]
-        share = s["kv_bytes"] / summaries[0]["kv_bytes"]
         table.add_row(
-            s["method"],
-            f"{bars(kept, highest)}  {span(kept)}",
-            f"{size(s['kv_bytes'])} ({share:.0%})",
+            s["method"].replace("+", "\n  + "),
+            f"{bars(kept, highest)}\n{span(kept)}",
+            f"{size(s['kv_bytes'])}\n{s['kv_bytes'] / full['kv_bytes']:.0%}",
             f"{s['prefill_s']:.2f} s",
-            f"{1000 * s['decode_s_per_token']:.1f} ms/token",
+            f"{1000 * s['decode_s_per_token']:.0f} ms/token",
             f"{s['correct']} of {s['questions']}",
         )
-    answers = Table("asked for", *(run.method for run in runs), title="answers")
+    answers = Table("asked for", title="answers", box=box.SIMPLE_HEAD)
+    for run in runs:
+        answers.add_column(run.method.replace("+", "\n  + "), overflow="fold")
     for row in zip(*(run.answers for run in runs)):
-        answers.add_row(row[0].expected, *(f"[{'green' if a.right else 'red'}]{a.given}[/]" for a in row))
+        answers.add_row(row[0].expected, *(_marked(answer) for answer in row))
     return Group(table, answers)
+
+
+def _marked(answer: Answer) -> Text:
+    return Text(f"{answer.given} {'✓' if answer.right else '✗'}", style="green" if answer.right else "red")

@@ -63,7 +63,7 @@ def generate(
 
     inputs = tokenizer(text, return_tensors="pt").to(on)
     tokens = inputs["input_ids"].shape[1]
-    cache: Any = CompressedCache(loaded.config, chosen)
+    cache = CompressedCache(loaded.config, chosen, chunked_prefill=chunk is not None)
     stream = Stream()
     chunks = 1 if chunk is None else -(-tokens // chunk)
     started = time.perf_counter()

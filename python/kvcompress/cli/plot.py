@@ -46,8 +46,8 @@ def draw(path: Path, kept: Mapping[str, Sequence[Sequence[Sequence[int]]]], toke
             extent=(0, tokens, len(layers) - 0.5, -0.5),
         )  # fmt: skip
         entries = sum(position >= 0 for heads in layers for head in heads for position in head)
-        places = tokens * sum(len(heads) for heads in layers)
-        panel.set_title(f"{method}: {entries / places:.0%} of the entries", loc="left", fontsize=10)
+        whole = tokens * sum(len(heads) for heads in layers)
+        panel.set_title(f"{method}: {entries / whole:.0%} of the entries", loc="left", fontsize=10)
         panel.set_ylabel("layer")
         if needle is not None:
             panel.axvline(needle, color="tab:red", linewidth=0.8, linestyle=":")
