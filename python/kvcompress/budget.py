@@ -14,7 +14,17 @@ from torch import Tensor
 from kvcompress import _check
 from kvcompress.layer import LayerState
 
-__all__ = ["Budget", "Squeeze", "Uniform", "allocate", "cosine_importance", "entries", "kmeans_1d", "squeeze_ratios"]
+__all__ = [
+    "Budget",
+    "Pyramid",
+    "Squeeze",
+    "Uniform",
+    "allocate",
+    "cosine_importance",
+    "entries",
+    "kmeans_1d",
+    "squeeze_ratios",
+]
 
 
 def cosine_importance(
@@ -47,9 +57,7 @@ def cosine_importance(
         >>> kvcompress.cosine_importance(h, attn_out, is_update=True).shape
         torch.Size([2])
     """
-    return _check.call(
-        torch.ops.kvcompress.cosine_importance.default, before, after, seq_start, is_update
-    )
+    return _check.call(torch.ops.kvcompress.cosine_importance.default, before, after, seq_start, is_update)
 
 
 @torch.library.register_fake("kvcompress::cosine_importance")
@@ -121,7 +129,9 @@ def allocate(
     caps = np.full(count, total, dtype=np.int64) if cap is None else np.asarray(cap, dtype=np.int64)
     floors = np.full(count, floor, dtype=np.int64) if isinstance(floor, int) else np.asarray(floor, dtype=np.int64)
     if len(caps) != count or len(floors) != count:
-        raise ValueError(f"allocate: floor and cap must have {count} entries as weights, got {len(floors)} and {len(caps)}")
+        raise ValueError(
+            f"allocate: floor and cap must have {count} entries as weights, got {len(floors)} and {len(caps)}"
+        )
     floors = np.minimum(floors, caps)
     total = int(np.clip(total, floors.sum(), caps.sum()))
 
@@ -308,3 +318,68 @@ class Squeeze(Budget):
                 total = layers * entries(self.budget, length)
                 columns.append(allocate(total, ratios, floor=floor, cap=[length] * layers))
         return [list(row) for row in zip(*columns)]
+
+
+@dataclass(frozen=True)
+class Pyramid(Budget):
+    """PyramidKV's layer budgets: a straight line from the first layer down to the last, known before any layer has run.
+
+    With ``base = entries - window``: the last layer keeps ``base / beta`` entries and the window, the first one
+    ``2 base - base / beta``, clipped to the prompt (the last then gets what keeps the mean at `base`).
+
+    Attributes:
+        budget: mean entries (int) or share of the prompt (float) a layer, window included.
+        window: entries that every layer keeps beside its part of the line.
+        beta: how far the last layer falls below the mean.
+        allocation: "exact" hands out ``layers * budget`` entries, to the last one. "official" truncates the slope, so layers
+            keep up to 27 % more than that in all, and knows a uniform case for prompts below ``2 base``. "kvpress" rounds each
+            layer, counts the window into the line, and falls back to uniform budgets where the line leaves the prompt or
+            the window.
+    """
+
+    budget: int | float
+    window: int
+    beta: int = 20
+    allocation: Literal["exact", "official", "kvpress"] = "exact"
+
+    def __post_init__(self) -> None:
+        entries(self.budget, 1)
+        if self.window < 0:
+            raise ValueError(f"Pyramid: window must be at least 0, got {self.window}")
+        if self.beta < 1:
+            raise ValueError(f"Pyramid: beta must be at least 1, got {self.beta}")
+        if self.allocation not in ("exact", "official", "kvpress"):
+            raise ValueError(f'Pyramid: allocation must be "exact", "official" or "kvpress", got {self.allocation!r}')
+
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        rule = {"exact": self._exact, "official": self._official, "kvpress": self._kvpress}[self.allocation]
+        return [rule(layer.num_layers, length)[layer.index] for length in layer.lengths]
+
+    def _exact(self, layers: int, length: int) -> list[int]:
+        base = max(entries(self.budget, length) - self.window, 0)
+        room = max(length - self.window, 0)
+        high, low = _slope(base, base / self.beta, room)
+        line = [high - layer * (high - low) / max(layers - 1, 1) for layer in range(layers)]
+        return [n + self.window for n in allocate(layers * base, line, cap=[room] * layers)]
+
+    def _official(self, layers: int, length: int) -> list[int]:
+        capacity = entries(self.budget, length)
+        base = max(capacity - self.window, 0)
+        high, low = _slope(base, base // self.beta, length - self.window)
+        step = (high - low) // max(layers - 1, 1)
+        if length < capacity:
+            return [length] * layers
+        return [self.window + (base if length < 2 * base else high - layer * step) for layer in range(layers)]
+
+    def _kvpress(self, layers: int, length: int) -> list[int]:
+        mean = self.budget if isinstance(self.budget, int) else self.budget * length
+        high, low = _slope(mean, mean / self.beta, length - self.window)
+        if not length >= high >= low >= self.window:
+            return [max(1, round(mean))] * layers
+        return [round(high - layer * ((high - low) / max(layers - 1, 1))) for layer in range(layers)]
+
+
+def _slope(mean: float, low: float, cap: float) -> tuple[float, float]:
+    """Ends of a line of this mean: from `low`, or higher if the other end would pass `cap`."""
+    high = 2 * mean - low
+    return (cap, 2 * mean - cap) if high >= cap else (high, low)

@@ -19,6 +19,12 @@ METHODS = {
     "h2o": {},
 }
 
+# with layer budgets of their own, which one layer alone gets whole
+LAYERED = {
+    "pyramidkv": {"window": 8},
+}
+PARAMETERS = {**METHODS, **LAYERED}
+
 
 def layer(index, layers, lengths, device, dtype=torch.float32):
     batch, seq_len = len(lengths), max(lengths)
@@ -42,11 +48,11 @@ def kept(store, row):
     return store.positions[row, :, : store.lengths[row]]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("budget", [24, 0.25, 1.0, 500])
 @pytest.mark.parametrize("lengths", [[100], [100, 61, 9, 30]])
 def test_invariants(name, budget, lengths, device):
-    method = create(name, budget=budget, **METHODS[name])
+    method = create(name, budget=budget, **PARAMETERS[name])
     pipeline = Pipeline(method.stages(), 1)
     state = layer(0, 1, lengths, device)
     store = pipeline.compress(state)
@@ -63,10 +69,10 @@ def test_invariants(name, budget, lengths, device):
         assert torch.equal(store.values[row, :, :wanted], state.values[row].gather(1, where))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("budget", [24, 0.25])
 def test_padded_row_equals_that_row_alone(name, budget, device):
-    method = create(name, budget=budget, **METHODS[name])
+    method = create(name, budget=budget, **PARAMETERS[name])
     state = layer(0, 1, [100, 61, 9, 30], device)
     together = Pipeline(method.stages(), 1).compress(state)
     for row in range(4):
