@@ -59,12 +59,14 @@ struct WindowScoresParams {
   bool pool_first;
   DType dtype;
 
-  int64_t q_per_kv() const { return num_q_heads / num_kv_heads; }
-  int64_t num_rows() const { return batch * num_q_heads * window; }
+  constexpr int64_t q_per_kv() const { return num_q_heads / num_kv_heads; }
+  constexpr int64_t num_rows() const { return batch * num_q_heads * window; }
   // Pass 2 may reduce the group at once, unless the pool comes in between.
-  bool votes_per_q_head() const { return pool_first || group_reduce == GroupReduce::kNone; }
-  int64_t vote_heads() const { return votes_per_q_head() ? num_q_heads : num_kv_heads; }
-  int64_t out_heads() const {
+  constexpr bool votes_per_q_head() const {
+    return pool_first || group_reduce == GroupReduce::kNone;
+  }
+  constexpr int64_t vote_heads() const { return votes_per_q_head() ? num_q_heads : num_kv_heads; }
+  constexpr int64_t out_heads() const {
     return group_reduce == GroupReduce::kNone ? num_q_heads : num_kv_heads;
   }
 };
