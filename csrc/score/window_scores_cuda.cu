@@ -21,8 +21,8 @@
 #include <type_traits>
 
 #include "device/check.cuh"
-#include "device/device_info.cuh"
 #include "device/dispatch.cuh"
+#include "device/limits.cuh"
 #include "device/math.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
@@ -572,7 +572,7 @@ Plan make_plan(const WindowScoresParams& p) {
     warps_of_rows *= 2;
   const int64_t row_tiles = ceil_div(rows, warps_of_rows * Traits::kWarpRows);
   // Chunks fill the machine once if that leaves few slots empty, else about three times.
-  const int64_t slots = static_cast<int64_t>(num_sms()) * Traits::kMinBlocks;
+  const int64_t slots = static_cast<int64_t>(device_limits().multiprocessors) * Traits::kMinBlocks;
   const int64_t items = heads * row_tiles;
   const int64_t once = slots / items;
   const int64_t wanted = once * items * 10 >= slots * 9 ? once : ceil_div(3 * slots, items);
