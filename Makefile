@@ -11,7 +11,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES  := CMakeLists.txt $(shell find csrc third_party -type f)
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: help setup build fmt lint test test-gpu bench sanitize demo clean
+.PHONY: help setup build fmt lint readme test test-gpu bench sanitize demo clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -39,6 +39,10 @@ lint:  ## formats, rules and types, changing nothing
 	ruff format --check .
 	clang-format --dry-run --Werror $(CXX_FILES)
 	mypy
+
+readme: setup  ## write the registry's methods into the README's table
+	python -m kvcompress methods --markdown > build/methods.md
+	sed -i -e '/<!-- methods:/,/<!-- \/methods/{//!d}' -e '/<!-- methods:/r build/methods.md' README.md
 
 test: setup  ## everything that needs no GPU
 	python -m pytest -n $(JOBS)

@@ -17,7 +17,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_methods_table_is_the_registry():
     table = re.search(r"<!-- methods: (.*?) -->\n(.*?)\n?<!-- /methods -->", README, re.DOTALL)
-    assert table[2] == markdown(), f"write the output of `{table[1]}` between the marks"
+    assert table[2] == markdown(), f"`make readme` writes the output of `{table[1]}` between the marks"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"from (\w+)|import kvcompress", text)[0])
