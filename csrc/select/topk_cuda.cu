@@ -21,7 +21,8 @@ namespace kvc {
 namespace {
 
 constexpr int kBins = 1 << 11;
-constexpr int kUnroll = 8;  // loads in flight a thread
+constexpr int kUnroll = 8;  // loads in flight a thread while keys are made
+constexpr int kAhead = 4;   // the same while positions are written
 
 template <int kBlocks_, bool kCached_>
 struct Traits {
@@ -52,45 +53,47 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
   return x;
 }
 
-// The slice of one block: keys by position.
+// The slice of one block: keys by position. Positions fit 31 bits, so their sums with a step
+// fit 32.
 template <typename T>
 struct Slice {
   const float* scores;  // of the row
   uint32_t* cache;      // keys of [begin, end)
-  TopkRow row;
-  int64_t begin, end;
+  uint32_t begin, end;
+  uint32_t row_begin, row_end, sink_end, window_begin;  // as in TopkRow
 
-  __device__ __forceinline__ uint32_t make_key(int64_t i, float score) const {
-    if (i < row.begin || i >= row.end) return kTopkPadding;
-    if (i < row.sink_end || i >= row.window_begin) return kTopkForced;
+  __device__ __forceinline__ uint32_t make_key(uint32_t i, float score) const {
+    if (i < row_begin || i >= row_end) return kTopkPadding;
+    if (i < sink_end || i >= window_begin) return kTopkForced;
     return topk_key(__float_as_uint(score));
   }
 
-  __device__ __forceinline__ uint32_t key(int64_t i) const {
+  __device__ __forceinline__ uint32_t key(uint32_t i) const {
     if constexpr (T::kCached) return cache[i - begin];
-    return make_key(i, scores[i]);
+    return make_key(i, __ldg(scores + i));
   }
 
-  // Calls f(key) for every entry of the slice, in no order.
+  // Calls f(key) for every entry of the slice, in no order. The first walk fills the cache.
   template <bool kFirst, typename F>
   __device__ __forceinline__ void for_each(F&& f) const {
     if constexpr (T::kCached && !kFirst) {
-      for (int64_t i = begin + threadIdx.x; i < end; i += T::kThreads) f(cache[i - begin]);
+      for (uint32_t i = begin + threadIdx.x; i < end; i += T::kThreads) f(cache[i - begin]);
     } else {
-      for (int64_t first = begin + threadIdx.x; first < end; first += kUnroll * T::kThreads) {
+      for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * T::kThreads) {
         float loaded[kUnroll];
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
-          const int64_t i = first + j * T::kThreads;
+          const uint32_t i = first + j * T::kThreads;
           loaded[j] = i < end ? __ldg(scores + i) : 0.f;
         }
 #pragma unroll
         for (int j = 0; j < kUnroll; ++j) {
-          const int64_t i = first + j * T::kThreads;
-          if (i >= end) break;
-          const uint32_t made = make_key(i, loaded[j]);
-          if constexpr (T::kCached) cache[i - begin] = made;
-          f(made);
+          const uint32_t i = first + j * T::kThreads;
+          if (i < end) {
+            const uint32_t made = make_key(i, loaded[j]);
+            if constexpr (T::kCached) cache[i - begin] = made;
+            f(made);
+          }
         }
       }
     }
@@ -183,9 +186,12 @@ __global__ void __launch_bounds__(T::kThreads)
   const Slice<T> slice{
       .scores = p.scores + b * p.batch_stride + h * p.head_stride,
       .cache = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(dynamic) + sizeof(Shared<T>)),
-      .row = row,
-      .begin = begin,
-      .end = min(begin + slice_size, p.seq_len),
+      .begin = static_cast<uint32_t>(begin),
+      .end = static_cast<uint32_t>(min(begin + slice_size, p.seq_len)),
+      .row_begin = static_cast<uint32_t>(row.begin),
+      .row_end = static_cast<uint32_t>(row.end),
+      .sink_end = static_cast<uint32_t>(row.sink_end),
+      .window_begin = static_cast<uint32_t>(row.window_begin),
   };
   for (int i = threadIdx.x; i < 3 * kBins; i += T::kThreads) (&shared.bins[0][0])[i] = 0;
   __syncthreads();
@@ -194,12 +200,13 @@ __global__ void __launch_bounds__(T::kThreads)
 
   // each warp counts its stretch, 32 entries a step
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t stretch = (slice_size + T::kThreads - 1) / T::kThreads * kWarp;
-  const int64_t first = min(slice.begin + warp * stretch, slice.end);
-  const int64_t last = min(first + stretch, slice.end);
+  const uint32_t stretch =
+      static_cast<uint32_t>((slice_size + T::kThreads - 1) / T::kThreads) * kWarp;
+  const uint32_t first = min(slice.begin + warp * stretch, slice.end);
+  const uint32_t last = min(first + stretch, slice.end);
   uint32_t above = 0, equal = 0;
 #pragma unroll 4
-  for (int64_t i = first + lane; i < last; i += kWarp) {
+  for (uint32_t i = first + lane; i < last; i += kWarp) {
     const uint32_t key = slice.key(i);
     above += key > threshold;
     equal += key == threshold;
@@ -232,19 +239,27 @@ __global__ void __launch_bounds__(T::kThreads)
 
   // write positions in order
   const uint32_t lanes_below = (1u << lane) - 1;
-  for (int64_t start = first; start < last; start += kWarp) {
-    const int64_t i = start + lane;
-    const uint32_t key = i < last ? slice.key(i) : kTopkPadding;
-    const bool is_above = key > threshold, is_equal = key == threshold;
-    const uint32_t all_above = __ballot_sync(0xffffffffu, is_above);
-    const uint32_t all_equal = __ballot_sync(0xffffffffu, is_equal);
-    const uint32_t above_before = above + __popc(all_above & lanes_below);
-    const uint32_t equal_before = equal + __popc(all_equal & lanes_below);
-    if (is_above || (is_equal && equal_before < ties)) {
-      out[above_before + min(equal_before, ties)] = static_cast<int32_t>(i);
+  for (uint32_t start = first; start < last; start += kAhead * kWarp) {
+    uint32_t keys[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const uint32_t i = start + j * kWarp + lane;
+      keys[j] = i < last ? slice.key(i) : kTopkPadding;
     }
-    above += __popc(all_above);
-    equal += __popc(all_equal);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const bool is_above = keys[j] > threshold, is_equal = keys[j] == threshold;
+      const uint32_t all_above = __ballot_sync(0xffffffffu, is_above);
+      const uint32_t all_equal = __ballot_sync(0xffffffffu, is_equal);
+      const uint32_t above_before = above + __popc(all_above & lanes_below);
+      const uint32_t equal_before = equal + __popc(all_equal & lanes_below);
+      if (is_above || (is_equal && equal_before < ties)) {
+        out[above_before + min(equal_before, ties)] =
+            static_cast<int32_t>(start + j * kWarp + lane);
+      }
+      above += __popc(all_above);
+      equal += __popc(all_equal);
+    }
   }
   if constexpr (T::kBlocks > 1) cluster_wait<T::kBlocks>();  // no block leaves while others read it
 }
