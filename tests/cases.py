@@ -31,3 +31,13 @@ def kept_index(
         counts = torch.randint(0, k + 1, (batch, heads, 1))
         index = torch.where(torch.arange(k) < counts, index, -1)
     return index.int().to(device)
+
+
+def far_apart(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, batch_stride: int) -> Tensor:
+    """Batch rows `batch_stride` elements apart in one buffer: offsets beyond 32 bits for little memory touched."""
+    rest = torch.empty(shape[1:], device="meta")
+    poison = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else all of it is touched
+    buffer = torch.empty((shape[0] - 1) * batch_stride + rest.numel(), dtype=dtype, device=device)
+    torch.utils.deterministic.fill_uninitialized_memory = poison
+    return buffer.as_strided(shape, (batch_stride, *rest.stride()))

@@ -162,6 +162,12 @@ def test_strided_views(device):
     assert torch.equal(kvcompress.topk(odd, 100), expected)
 
 
+def test_64_bit_offsets(device):
+    scores = cases.far_apart((2, 2, 300), torch.float32, device, 2**31 + 16)
+    scores.copy_(random((2, 2, 300)))
+    assert torch.equal(kvcompress.topk(scores, 100), kvcompress.topk(scores.contiguous(), 100))
+
+
 def test_nested_in_k(device):
     scores = with_values((1, 2, 2000), 0.2, 0.5).to(device)
     large, small = (kvcompress.topk(scores, k).cpu() for k in (900, 300))

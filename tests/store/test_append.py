@@ -75,6 +75,16 @@ def test_strided_views(device):
     check(buffers, rows, any_slots(2, 14, 50, device)[:, ::2].contiguous())
 
 
+def test_64_bit_offsets(device):
+    buffer = cases.far_apart((2, 2, 50, 16), torch.uint8, device, 2**31 + 64)
+    buffer.zero_()
+    rows = fill((2, 2, 3, 16), torch.uint8, device)
+    slots = any_slots(2, 3, 50, device)
+    expected = reference.append([buffer.contiguous()], [rows], slots)[0]
+    kvcompress.append_([buffer], [rows], slots)
+    assert torch.equal(buffer.contiguous(), expected)
+
+
 def test_other_heads(device):
     """Each pair has its own number of heads."""
     buffers = [fill((2, 4, 20, 8), torch.float32, device), fill((2, 1, 20), torch.int32, device)]

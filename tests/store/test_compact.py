@@ -135,6 +135,16 @@ def test_empty(device):
         kvcompress.compact_([t], torch.zeros(*shape[:2], k, dtype=torch.int32, device=device))
 
 
+@pytest.mark.parametrize("k", [40, 2100])
+def test_64_bit_offsets(k, device):
+    tensor = cases.far_apart((2, 2, 2200, 16), torch.uint8, device, 2**31 + 64)
+    tensor.copy_(fill((2, 2, 2200, 16), torch.uint8, device))
+    index = cases.kept_index(2, 2, 2200, k, device)
+    expected = reference.compact([tensor.contiguous()], index.cpu())[0]
+    kvcompress.compact_([tensor], index)
+    assert torch.equal(tensor.contiguous(), expected)
+
+
 @settings(deadline=None, max_examples=400)
 @given(data=st.data())
 def test_fuzz(data):

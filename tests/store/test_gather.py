@@ -66,6 +66,14 @@ def test_strided_views(device):
     )
 
 
+def test_64_bit_offsets(device):
+    tensor = cases.far_apart((2, 2, 50, 16), torch.uint8, device, 2**31 + 64)
+    tensor.copy_(fill((2, 2, 50, 16), torch.uint8, device))
+    index = any_index(2, 2, 30, 50, device)
+    expected = reference.gather([tensor.contiguous()], index, 30)[0]
+    assert torch.equal(kvcompress.gather([tensor], index)[0], expected)
+
+
 def test_wide_rows(device):
     check([fill((1, 2, 20, 20_000), torch.float32, device)], any_index(1, 2, 9, 20, device))
 
