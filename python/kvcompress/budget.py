@@ -230,10 +230,15 @@ class Budget(ABC):
         deferred: the final numbers need all layers; until then `first` gives an upper bound, `measure` says what a layer shows,
             and `settle` decides.
         wants_residual: what `settle` gets is each layer's residual cosine, not `measure`.
+        queries: how many of the last prompt queries it looks at itself, whatever the score needs.
     """
 
     deferred: ClassVar[bool] = False
     wants_residual: ClassVar[bool] = False
+
+    @property
+    def queries(self) -> int:
+        return 0
 
     @abstractmethod
     def first(self, layer: LayerState, scores: Scores) -> list[int]:

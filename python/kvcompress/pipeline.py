@@ -96,7 +96,7 @@ class Pipeline:
     @property
     def queries(self) -> int:
         """How many of the last prompt queries the loop must hand over."""
-        return self.stages.score.queries
+        return max(self.stages.score.queries, self.stages.budget.queries)
 
     @property
     def wants_residual(self) -> bool:
