@@ -13,16 +13,20 @@ from torch import Tensor
 
 from kvcompress import _check
 from kvcompress.layer import LayerState
+from kvcompress.score import ReceivedAttention
 
 __all__ = [
     "Budget",
     "Pyramid",
     "Squeeze",
     "Uniform",
+    "ZigZag",
     "allocate",
     "cosine_importance",
+    "cumulative_mass",
     "entries",
     "kmeans_1d",
+    "mass_count",
     "squeeze_ratios",
 ]
 
@@ -97,7 +101,12 @@ def entries(budget: int | float, length: int) -> int:
 
 
 def allocate(
-    total: int, weights: Sequence[float], *, floor: Sequence[int] | int = 0, cap: Sequence[int] | None = None
+    total: int,
+    weights: Sequence[float],
+    *,
+    base: float = 0.0,
+    floor: Sequence[int] | int = 0,
+    cap: Sequence[int] | None = None,
 ) -> list[int]:
     """Splits `total` entries in proportion to `weights`, exactly: the one allocator of all budget rules.
 
@@ -107,6 +116,7 @@ def allocate(
     Args:
         total: entries to hand out.
         weights: one non-negative finite number a share; if all free ones are zero, they share equally.
+        base: what every share gets before the weights split the rest; lowered to an equal share of `total`.
         floor: least entries of each share (lowered to its cap).
         cap: most entries of each share; None: no cap.
 
@@ -140,9 +150,11 @@ def allocate(
     free = np.ones(count, dtype=bool)
     while free.any():
         rest = total - share[~free].sum()
+        equal = min(base, rest / free.sum())
+        rest -= equal * free.sum()
         free_weight = weight[free]
         scale = free_weight.sum()
-        wanted = rest * (free_weight / scale) if scale > 0 else np.full(free.sum(), rest / free.sum())
+        wanted = equal + (rest * (free_weight / scale) if scale > 0 else np.full(free.sum(), rest / free.sum()))
         over = np.maximum(wanted - caps[free], 0)
         under = np.maximum(floors[free] - wanted, 0)
         if not over.any() and not under.any():
@@ -216,6 +228,38 @@ def squeeze_ratios(groups: Sequence[int] | None, layers: int, keep: float, keep_
     size = groups.count(top)
     others = (layers * keep - size * keep_unimportant) / (layers - size)
     return [keep_unimportant if group == top else others for group in groups]
+
+
+# --- statistics of scores
+
+
+def cumulative_mass(mass: Tensor) -> Tensor:
+    """Sums of the largest 1, 2, ..., n entries of each row, ``[..., n]`` int64 in units of 2^-40.
+
+    Fixed point, so that every device and every order of summation gives the same: no float scan does, and a float32 one stalls
+    on long rows. Entries up to 1 and rows of up to 2^22 of them fit, and so do column sums of as many queries.
+
+    Args:
+        mass: ``[..., n]`` float32, not negative; -inf (padding) and NaN count as none.
+    """
+    mass = mass.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return (mass.sort(-1, descending=True).values.double() * 2.0**40).round().long().cumsum(-1)
+
+
+def mass_count(mass: Tensor, share: float) -> Tensor:
+    """How many of the largest entries of each row hold `share` of its sum: ``[...]`` int64, at least 1.
+
+    Args:
+        mass: ``[..., n]`` float32, as in `cumulative_mass`.
+        share: in (0, 1].
+
+    Example:
+        >>> mass_count(torch.tensor([[0.05, 0.5, 0.15, 0.2, 0.1]]), 0.9)
+        tensor([4])
+    """
+    held = cumulative_mass(mass)
+    missing = held.double() < share * held[..., -1:].double()
+    return 1 + missing.sum(-1)
 
 
 # --- budget stages
@@ -388,3 +432,62 @@ def _slope(mean: float, low: float, cap: float) -> tuple[float, float]:
     """Ends of a line of this mean: from `low`, or higher if the other end would pass `cap`."""
     high = 2 * mean - low
     return (cap, 2 * mean - cap) if high >= cap else (high, low)
+
+
+@dataclass(frozen=True)
+class ZigZag(Budget):
+    """ZigZagKV's layer budgets, per sequence: in proportion to the entries a layer needs to keep most of its attention.
+
+    For each query head, a(t) is the mean attention of the last `window` queries to entry t, the window's own included, and
+    `mass_count` the entries that hold `tau` of it; u is the mean count over the heads. Layer l keeps
+    ``beta b + (1 - beta) b L u_l / sum(u)`` entries for a mean of b, at most its prompt; what a short prompt leaves goes to
+    the others by the same rule.
+
+    Attributes:
+        budget: mean entries (int) or share of the prompt (float) a layer.
+        window: observing queries.
+        tau: share of the attention to be held.
+        beta: share of the budget that every layer keeps in any case, in [0, 1).
+    """
+
+    budget: int | float
+    window: int = 32
+    tau: float = 0.9
+    beta: float = 0.2
+    deferred = True
+
+    def __post_init__(self) -> None:
+        entries(self.budget, 1)
+        if self.window < 1:
+            raise ValueError(f"ZigZag: window must be at least 1, got {self.window}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"ZigZag: tau must be in (0, 1], got {self.tau}")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"ZigZag: beta must be in [0, 1), got {self.beta}")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        """The most that any measurement can give one layer: it needs all entries, every other layer one."""
+        bounds = []
+        for n in layer.lengths:
+            mean = entries(self.budget, n)
+            most = n / max(n + layer.num_layers - 1, 1)
+            bounds.append(min(n, int(mean * (self.beta + (1 - self.beta) * layer.num_layers * most)) + 1))
+        return bounds
+
+    def measure(self, layer: LayerState, scores: Scores) -> Tensor:
+        """Mean over the query heads of the entries that hold `tau` of the attention, ``[batch]`` float64."""
+        attention = ReceivedAttention(queries=self.window, group_reduce="none")(layer)
+        return mass_count(attention, self.tau).double().mean(-1)
+
+    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
+        layers, columns = len(measured), []
+        for row, length in enumerate(lengths):
+            mean = entries(self.budget, length)
+            needs = [float(layer[row]) for layer in measured]
+            base, caps = self.beta * mean, [length] * layers
+            columns.append(allocate(layers * mean, needs, base=base, floor=floor, cap=caps))
+        return [list(row) for row in zip(*columns)]

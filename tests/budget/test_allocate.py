@@ -13,17 +13,15 @@ from hypothesis import strategies as st
 
 from kvcompress.budget import Squeeze, Uniform, allocate, entries, kmeans_1d, squeeze_ratios
 
-shares = st.lists(
-    st.tuples(st.floats(0, 100), st.integers(0, 20), st.integers(0, 60)), min_size=1, max_size=12
-)
+shares = st.lists(st.tuples(st.floats(0, 100), st.integers(0, 20), st.integers(0, 60)), min_size=1, max_size=12)
 
 
 @settings(deadline=None)
-@given(shares=shares, total=st.integers(0, 500))
-def test_sums_exactly_within_bounds(shares, total):
+@given(shares=shares, total=st.integers(0, 500), base=st.sampled_from([0.0, 0.3, 7.0, 1000.0]))
+def test_sums_exactly_within_bounds(shares, total, base):
     weights, floors, caps = zip(*shares)
     floors = [min(f, c) for f, c in zip(floors, caps)]
-    out = allocate(total, weights, floor=floors, cap=caps)
+    out = allocate(total, weights, base=base, floor=floors, cap=caps)
     assert sum(out) == min(max(total, sum(floors)), sum(caps))
     assert all(f <= x <= c for f, x, c in zip(floors, out, caps))
 
@@ -47,6 +45,12 @@ def test_more_weight_never_means_less(weights, total):
 def test_surplus_of_capped_shares_goes_to_the_others():
     assert allocate(12, [10, 1, 1], cap=[4, 100, 100]) == [4, 4, 4]
     assert allocate(10, [1, 1, 2], cap=[9, 9, 3]) == [4, 3, 3]
+
+
+def test_base_comes_before_the_weights():
+    assert allocate(120, [10, 30, 60], base=10) == [19, 37, 64]
+    assert allocate(120, [10, 30, 60], base=10, cap=[50, 50, 50]) == [23, 47, 50]
+    assert allocate(9, [1, 0, 0], base=100) == [3, 3, 3]
 
 
 def test_ties_go_to_the_smaller_index():

@@ -22,6 +22,7 @@ METHODS = {
 # with layer budgets of their own, which one layer alone gets whole
 LAYERED = {
     "pyramidkv": {"window": 8},
+    "zigzagkv": {"window": 8, "inner": create("snapkv", budget=0.5, window=8)},
 }
 PARAMETERS = {**METHODS, **LAYERED}
 

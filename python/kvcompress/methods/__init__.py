@@ -9,12 +9,13 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+from kvcompress.budget import Uniform
 from kvcompress.pipeline import Stages
 
-__all__ = ["Method", "available", "create", "register"]
+__all__ = ["Method", "available", "create", "inner_stages", "register"]
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -90,3 +91,16 @@ def create(name: str, **parameters: Any) -> Method:
         if wanted not in parameters and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"create: {wanted} of {name} must be given, got nothing")
     return methods[name](**parameters)
+
+
+def inner_stages(outer: str, inner: Method | str, budget: int | float) -> Stages:
+    """Stages of the method inside another one, which brings the layer budgets: `inner` by name or built.
+
+    Raises:
+        ValueError: the inner method has layer budgets of its own.
+    """
+    method = create(inner, budget=budget) if isinstance(inner, str) else inner
+    stages = method.stages()
+    if not isinstance(stages.budget, Uniform):
+        raise ValueError(f"{outer}: inner must be a method with equal layer budgets, got {method.name}")
+    return replace(stages, budget=Uniform(budget))

@@ -46,7 +46,9 @@ class SnapKV(Method):
 
     def stages(self) -> Stages:
         if isinstance(self.budget, int) and self.budget <= self.window:
-            raise ValueError(f"{self.name}: budget must be more than the window of {self.window} entries, got {self.budget}")
+            raise ValueError(
+                f"{self.name}: budget must be more than the window of {self.window} entries, got {self.budget}"
+            )
         return Stages(
             score=score.WindowAttention(
                 self.window,

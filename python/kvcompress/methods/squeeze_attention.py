@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvcompress import budget
-from kvcompress.methods import Method, create, register
+from kvcompress.methods import Method, inner_stages, register
 from kvcompress.pipeline import Stages
 
 
@@ -40,8 +40,5 @@ class SqueezeAttention(Method):
     allocation: Literal["exact", "official"] = "exact"
 
     def stages(self) -> Stages:
-        inner = create(self.inner, budget=self.budget) if isinstance(self.inner, str) else self.inner
-        stages = inner.stages()
-        if not isinstance(stages.budget, budget.Uniform):
-            raise ValueError(f"squeeze_attention: inner must be a method with equal layer budgets, got {inner.name}")
+        stages = inner_stages(self.name, self.inner, self.budget)
         return replace(stages, budget=budget.Squeeze(self.budget, p=self.p, allocation=self.allocation))
