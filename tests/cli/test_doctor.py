@@ -30,6 +30,7 @@ def test_json(run):
     ("architectures", "capability", "covered"),
     [
         ("80-real;90-real;100", (9, 0), True),
+        ("80-real,90-real,100", (9, 0), True),
         ("80-real;90-real;100", (8, 6), True),  # a binary runs on later GPUs of its own major version
         ("80-real;90-real;100", (12, 0), True),  # PTX of 100
         ("80-real;90-real;100", (7, 5), False),

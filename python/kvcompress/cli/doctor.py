@@ -86,9 +86,9 @@ def examine() -> Iterator[Finding]:
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a build for CMake's `architectures` has code for a GPU: its own kind's binary, or PTX of an older one."""
+    """Whether a build for CMake's `architectures` (also with commas) has code for a GPU: its own kind's binary, or PTX of an older one."""
     major, minor = capability
-    for entry in filter(None, architectures.split(";")):
+    for entry in re.split("[;,]", architectures):
         parsed = re.fullmatch(r"(\d+)(\d)[af]?(-real|-virtual)?", entry)
         if parsed is None:
             continue
