@@ -17,8 +17,10 @@ from kvcompress.score import ReceivedAttention
 
 __all__ = [
     "Budget",
+    "PrefixMass",
     "Pyramid",
     "Squeeze",
+    "Table",
     "Uniform",
     "ZigZag",
     "allocate",
@@ -26,7 +28,9 @@ __all__ = [
     "cumulative_mass",
     "entries",
     "kmeans_1d",
+    "mass_before",
     "mass_count",
+    "prefix_lengths",
     "squeeze_ratios",
 ]
 
@@ -262,6 +266,37 @@ def mass_count(mass: Tensor, share: float) -> Tensor:
     return 1 + missing.sum(-1)
 
 
+def prefix_lengths(curves: Sequence[np.ndarray], total: int) -> list[int]:
+    """Prefixes of `total` entries in all whose mass passes one common threshold: PrefixKV's search, without a tolerance.
+
+    Entry i of a layer is in its prefix if what stands before it, ``curve[i]``, is less than p. The lengths change only where
+    p passes a value of some curve, so a bisection down to neighbouring floats finds the one place; entries that tie there go
+    to the lower layers.
+
+    Args:
+        curves: one ascending array a layer, the share of the layer's mass before each entry, so it begins with 0.
+        total: entries to hand out, at most those of all curves.
+
+    Example:
+        >>> prefix_lengths([np.array([0, 0.5, 0.8, 0.9]), np.array([0, 0.1, 0.2, 0.3])], 5)
+        [1, 4]
+    """
+
+    def below(p: float) -> list[int]:
+        return [int(np.searchsorted(curve, p, side="left")) for curve in curves]
+
+    low, high = 0.0, 2.0  # none, all
+    while low < (middle := (low + high) / 2) < high:
+        if sum(below(middle)) < total:
+            low = middle
+        else:
+            high = middle
+    lengths = below(low)
+    for layer, most in enumerate(below(high)):
+        lengths[layer] += min(most - lengths[layer], max(total - sum(lengths), 0))
+    return lengths
+
+
 # --- budget stages
 
 Scores = Callable[[], Tensor]  # the layer's scores [batch, heads, seq_len], computed once, on the first call
@@ -491,3 +526,79 @@ class ZigZag(Budget):
             base, caps = self.beta * mean, [length] * layers
             columns.append(allocate(layers * mean, needs, base=base, floor=floor, cap=caps))
         return [list(row) for row in zip(*columns)]
+
+
+@dataclass(frozen=True)
+class PrefixMass(Budget):
+    """PrefixKV's layer budgets, per sequence: one share of the score mass, common to all layers, that fits the total.
+
+    With each layer's scores in descending order, layer l keeps the shortest prefix that holds a share p of their sum, beside
+    `forced` entries that stay whatever their score; p is such that all layers together keep ``layers * budget``, to the last
+    entry. Layers whose scores are concentrated keep few.
+
+    Attributes:
+        budget: mean entries (int) or share of the prompt (float) a layer.
+        forced: entries of the selection that no score decides.
+    """
+
+    budget: int | float
+    forced: int = 0
+    deferred = True
+
+    def __post_init__(self) -> None:
+        entries(self.budget, 1)
+        if self.forced < 0:
+            raise ValueError(f"PrefixMass: forced must be at least 0, got {self.forced}")
+
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        """The most that any scores can give one layer: of the others, each prefix has one entry."""
+        others = (layer.num_layers - 1) * (self.forced + 1)
+        means = [entries(self.budget, n) for n in layer.lengths]
+        return [min(n, max(mean, layer.num_layers * mean - others)) for n, mean in zip(layer.lengths, means)]
+
+    def measure(self, layer: LayerState, scores: Scores) -> Tensor:
+        """Sums of the largest scores, mean over the heads, ``[batch, seq_len]`` as `cumulative_mass` gives them."""
+        return cumulative_mass(scores().mean(1))
+
+    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
+        layers, columns = len(measured), []
+        for row, length in enumerate(lengths):
+            total = layers * entries(self.budget, length)
+            room = max(length - self.forced, 0)
+            curves = [mass_before(layer[row], room) for layer in measured]
+            prefixes = prefix_lengths(curves, min(max(total - layers * self.forced, 0), layers * room))
+            wanted = [n + self.forced for n in prefixes]
+            columns.append(allocate(total, wanted, floor=floor, cap=[length] * layers))
+        return [list(row) for row in zip(*columns)]
+
+
+def mass_before(held: Tensor, entries: int) -> np.ndarray:
+    """Share of a row's mass that stands before each of its first `entries` entries, from its `cumulative_mass`."""
+    sums = held.numpy()
+    before = np.concatenate([[0], sums[: max(entries - 1, 0)]])[:entries]
+    return before / max(int(sums[-1]), 1)
+
+
+@dataclass(frozen=True)
+class Table(Budget):
+    """A share of the prompt for each layer, known from an earlier calibration.
+
+    Layer l drops ``round(length * (1 - keep[l]))`` entries of a row, halves to even.
+
+    Attributes:
+        keep: share in (0, 1] of each layer.
+    """
+
+    keep: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.keep or not all(isinstance(share, int | float) and 0 < share <= 1 for share in self.keep):
+            raise ValueError(f"Table: keep must be a share in (0, 1] for each layer, got {self.keep}")
+
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        if len(self.keep) != layer.num_layers:
+            raise ValueError(
+                f"Table: keep must have a share for each of {layer.num_layers} layers, got {len(self.keep)}"
+            )
+        drop = 1 - self.keep[layer.index]
+        return [max(1, length - round(drop * length)) for length in layer.lengths]

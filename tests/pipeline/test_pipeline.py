@@ -23,6 +23,7 @@ METHODS = {
 LAYERED = {
     "pyramidkv": {"window": 8},
     "zigzagkv": {"window": 8, "inner": create("snapkv", budget=0.5, window=8)},
+    "prefixkv": {},
 }
 PARAMETERS = {**METHODS, **LAYERED}
 
