@@ -54,20 +54,40 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
                 if compiled is not None and batch * length <= 2**18:
                     variants["torch.compile"] = lambda x, p=pool, n=kernel: compiled(x[0], x[1], p, n)
                 common = {
-                    "batch": batch, "seq_len": length, "window": window, "pool": pool, "kernel_size": kernel,
-                    "num_q_heads": Q_HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "dtype": "bfloat16",
+                    "batch": batch,
+                    "seq_len": length,
+                    "window": window,
+                    "pool": pool,
+                    "kernel_size": kernel,
+                    "num_q_heads": Q_HEADS,
+                    "num_kv_heads": KV_HEADS,
+                    "head_dim": DIM,
+                    "dtype": "bfloat16",
                 }
                 flop = 2 * rows * DIM * batch * KV_HEADS * length
                 exponentials = rows * batch * KV_HEADS * length
                 # two passes: the second reads from L2 at best, computes all again
                 yield Case(
-                    "window_scores", f"B{batch} S{length} W{window} {pool}{kernel}", make, variants,
-                    read=key_bytes, flop=2 * flop, exponentials=2 * exponentials, footprint=key_bytes, params=common,
+                    "window_scores",
+                    f"B{batch} S{length} W{window} {pool}{kernel}",
+                    make,
+                    variants,
+                    read=key_bytes,
+                    flop=2 * flop,
+                    exponentials=2 * exponentials,
+                    footprint=key_bytes,
+                    params=common,
                     notes="floor of two passes: matmul and exponentials twice, K read once",
                 )
                 yield Case(
-                    "window_scores, lse given", f"B{batch} S{length} W{window} {pool}{kernel}", make,
+                    "window_scores, lse given",
+                    f"B{batch} S{length} W{window} {pool}{kernel}",
+                    make,
                     {"kvcompress": lambda x, o=options: kvcompress.window_scores(x[0], x[1], lse=x[2], **o)},
-                    read=key_bytes, flop=flop, exponentials=exponentials, footprint=key_bytes, params=common,
+                    read=key_bytes,
+                    flop=flop,
+                    exponentials=exponentials,
+                    footprint=key_bytes,
+                    params=common,
                     notes="floor of one pass",
                 )

@@ -33,6 +33,11 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
                 variants["flashinfer.top_k (unordered)"] = lambda x, k=k: flashinfer.top_k(x.flatten(0, 1), k)
             size = 4 * rows * length
             yield Case(
-                "topk", f"rows {rows} S{length} k {k}", make, variants, read=size + 4 * rows * k, footprint=size,
+                "topk",
+                f"rows {rows} S{length} k {k}",
+                make,
+                variants,
+                read=size + 4 * rows * k,
+                footprint=size,
                 params={"rows": rows, "seq_len": length, "k": k},
             )

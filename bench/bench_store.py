@@ -40,13 +40,24 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
             moved = 2 * batch * HEADS * k * DIM * 2
             # compact_ again on compacted rows moves as many bytes from the same places, so nothing is restored
             yield Case(
-                "compact_, gather", f"B{batch} S{length} k {k}", make,
+                "compact_, gather",
+                f"B{batch} S{length} k {k}",
+                make,
                 {
                     "kvcompress.compact_": lambda x: kvcompress.compact_(x[0], x[1]),
                     "kvcompress.gather": lambda x: kvcompress.gather(x[0], x[1]),
                     "torch.gather": torch_gather,
                     "plain copy of the bytes": plain_copy,
                 },
-                read=moved, written=moved, footprint=2 * moved,
-                params={"batch": batch, "seq_len": length, "k": k, "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16"},
+                read=moved,
+                written=moved,
+                footprint=2 * moved,
+                params={
+                    "batch": batch,
+                    "seq_len": length,
+                    "k": k,
+                    "heads": HEADS,
+                    "head_dim": DIM,
+                    "dtype": "bfloat16",
+                },
             )

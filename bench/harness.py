@@ -109,7 +109,7 @@ def measure(case: Case, device: torch.device, *, rounds: int = 15) -> dict[str, 
     copies = max(2, min(24, int(l2 / max(case.footprint, 1)) + 2))
     sets = [case.make() for _ in range(copies)]
     times: dict[str, list[float]] = {name: [] for name in case.variants}
-    for name, run in case.variants.items():  # warm up on like data
+    for run in case.variants.values():  # warm up on like data
         for inputs in sets[:2]:
             run(inputs)
             if case.restore:

@@ -6,8 +6,8 @@ import argparse
 import datetime
 import importlib
 import json
-import platform
 import pkgutil
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +22,9 @@ from bench.harness import ceilings, measure
 
 
 def stages() -> list[str]:
-    return sorted(m.name.removeprefix("bench_") for m in pkgutil.iter_modules(bench.__path__) if m.name.startswith("bench_"))
+    return sorted(
+        m.name.removeprefix("bench_") for m in pkgutil.iter_modules(bench.__path__) if m.name.startswith("bench_")
+    )
 
 
 def tests_pass(stage: str, device: str) -> bool:
@@ -69,15 +71,32 @@ def main() -> None:
                 ratio = time["median"] / floor
                 print(f"  {variant:34s} {time['median'] * 1e6:10.1f} us  {ratio:6.2f}x floor  [{spread}]", flush=True)
                 rows.append(
-                    {"stage": stage, "op": case.op, "case": case.label, **case.params, "variant": variant,
-                     "median_us": time["median"] * 1e6, "low_us": time["low"] * 1e6, "high_us": time["high"] * 1e6,
-                     "floor_us": floor * 1e6, "floor_ratio": ratio}
+                    {
+                        "stage": stage,
+                        "op": case.op,
+                        "case": case.label,
+                        **case.params,
+                        "variant": variant,
+                        "median_us": time["median"] * 1e6,
+                        "low_us": time["low"] * 1e6,
+                        "high_us": time["high"] * 1e6,
+                        "floor_us": floor * 1e6,
+                        "floor_ratio": ratio,
+                    }
                 )
     if args.json:
         report = {
-            "device": name, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
-            "kvcompress": kvcompress.__version__, "rounds": args.rounds,
-            "ceilings": {"read_bytes_s": limit.read, "copy_bytes_s": limit.copy, "matmul_flop_s": limit.matmul, "exp_s": limit.exp},
+            "device": name,
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "kvcompress": kvcompress.__version__,
+            "rounds": args.rounds,
+            "ceilings": {
+                "read_bytes_s": limit.read,
+                "copy_bytes_s": limit.copy,
+                "matmul_flop_s": limit.matmul,
+                "exp_s": limit.exp,
+            },
             "rows": rows,
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-// The pybind11 module kvcompress._C: what was built, and planners over host data. No tensor code here.
+// The pybind11 module kvcompress._C: what was built, and planners over host data. No tensor code
+// here.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

@@ -1,5 +1,6 @@
-// The schemas of all ops, one line each. Sizes that vary are SymInt, enums are int codes that the Python
-// functions name, what is written is Tensor(a!). Layouts: see the documented functions in python/kvcompress.
+// The schemas of all ops, one line each. Sizes that vary are SymInt, enums are int codes that the
+// Python functions name, what is written is Tensor(a!). Layouts: see the documented functions in
+// python/kvcompress.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off

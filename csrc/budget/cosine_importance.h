@@ -2,9 +2,10 @@
 //
 //   out[b] = mean over real tokens s of <h, a> / (max(|h|, eps) max(|a|, eps)),   eps = 1e-8
 //
-// h = before[b, s], a = after[b, s], or h + after[b, s] rounded to the dtype, as the model's own residual add
-// rounds it, when is_update. Sums are float32. Token cosines are added in tiles of kCosineTile, tiles in
-// ascending order, so that CPU and CUDA add in the same order and every run gives the same bits.
+// h = before[b, s], a = after[b, s], or h + after[b, s] rounded to the dtype, as the model's own
+// residual add rounds it, when is_update. Sums are float32. Token cosines are added in tiles of
+// kCosineTile, tiles in ascending order, so that CPU and CUDA add in the same order and every run
+// gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace kvc {
 
-constexpr int64_t kCosineTile = 64;  // tokens added up by one block before the ordered sum over tiles
+constexpr int64_t kCosineTile =
+    64;  // tokens added up by one block before the ordered sum over tiles
 constexpr float kCosineEps = 1e-8f;
 
 struct CosineImportanceParams {

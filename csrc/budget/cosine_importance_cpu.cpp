@@ -55,7 +55,8 @@ KVC_CLONES Sums token_sums_of(const bf16* h, const bf16* a, int64_t n, bool is_u
 }
 
 float cosine(const Sums& s) {
-  return s.dot / (std::max(std::sqrt(s.before), kCosineEps) * std::max(std::sqrt(s.after), kCosineEps));
+  return s.dot /
+         (std::max(std::sqrt(s.before), kCosineEps) * std::max(std::sqrt(s.after), kCosineEps));
 }
 
 template <typename T>
@@ -80,8 +81,8 @@ void run(const CosineImportanceParams& p) {
     const int64_t tokens = p.seq_len - (p.seq_start ? p.seq_start[b] : 0);
     float sum = 0;
     for (int64_t tile = 0; tile < p.num_tiles; ++tile) sum += p.partial[b * p.num_tiles + tile];
-    p.out[b] = tokens > 0 ? sum / static_cast<float>(tokens)
-                          : std::numeric_limits<float>::quiet_NaN();
+    p.out[b] =
+        tokens > 0 ? sum / static_cast<float>(tokens) : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

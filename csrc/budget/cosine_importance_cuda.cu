@@ -1,9 +1,10 @@
 // cosine_importance on CUDA.
 //
-// Block = (tile of kCosineTile tokens, batch row), a warp a token, lane = 16 bytes of both vectors a step.
-// Three float32 sums a token stay in registers; the block writes one partial sum, and a second launch adds
-// the partials of a row in ascending order: no atomics, the same bits every run. Bound: reading `before` and
-// `after` once, 2 * batch * seq_len * hidden elements; both are streamed past L1.
+// Block = (tile of kCosineTile tokens, batch row), a warp a token, lane = 16 bytes of both vectors
+// a step. Three float32 sums a token stay in registers; the block writes one partial sum, and a
+// second launch adds the partials of a row in ascending order: no atomics, the same bits every run.
+// Bound: reading `before` and `after` once, 2 * batch * seq_len * hidden elements; both are
+// streamed past L1.
 #include <limits>
 
 #include "budget/cosine_importance.h"

@@ -4,7 +4,9 @@
 namespace kvc {
 namespace {
 
-int64_t build_id() { return KVC_VERSION_NUMBER; }
+int64_t build_id() {
+  return KVC_VERSION_NUMBER;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kvcompress, CompositeExplicitAutograd, library) {
   library.impl("build_id", TORCH_BOX(&build_id));

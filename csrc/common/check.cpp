@@ -92,8 +92,7 @@ void check_same_dtype(const char* op, const char* argument, const Tensor& t, con
 void check_last_contiguous(const char* op, const char* argument, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   require(t.size(last) <= 1 || t.stride(last) == 1, op, argument,
-          "contiguous in the last dimension",
-          "a last stride of " + std::to_string(t.stride(last)));
+          "contiguous in the last dimension", "a last stride of " + std::to_string(t.stride(last)));
 }
 
 void check_row_vector(const char* op, const char* argument, const std::optional<Tensor>& t,

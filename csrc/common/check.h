@@ -24,7 +24,7 @@ inline void require(bool ok, const char* op, const char* argument, const std::st
   }
 }
 
-std::string shape_string(const Tensor& t);  // "[1, 8, 4096, 128]"
+std::string shape_string(const Tensor& t);   // "[1, 8, 4096, 128]"
 std::string dtype_string(ScalarType dtype);  // "float32"
 std::string device_string(const Tensor& t);  // "cuda:0"
 
@@ -43,7 +43,9 @@ void check_last_contiguous(const char* op, const char* argument, const Tensor& t
 void check_row_vector(const char* op, const char* argument, const std::optional<Tensor>& t,
                       int64_t batch, const Tensor& anchor, const char* anchor_name);
 
-inline std::string text(int64_t value) { return std::to_string(value); }
+inline std::string text(int64_t value) {
+  return std::to_string(value);
+}
 
 // The pointer of an optional int32 tensor, null when it is absent.
 inline const int32_t* optional_int32(const std::optional<Tensor>& t) {

@@ -4,7 +4,7 @@
 
 // Lives in libtorch_cuda.so only; weak, so that the same library loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                    void** stream);
+                                                                                   void** stream);
 
 namespace kvc {
 

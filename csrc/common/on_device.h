@@ -1,4 +1,5 @@
-// The one door to the kernels: device guard, the caller's stream, and the answer of a build without CUDA.
+// The one door to the kernels: device guard, the caller's stream, and the answer of a build without
+// CUDA.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -28,23 +29,27 @@ void on_device(const torch::stable::Tensor& anchor, F&& f) {
 
 // Calls <op>_cpu(params) or <op>_cuda(params, stream), by the device of `anchor`.
 #ifdef KVC_WITH_CUDA
-#define KVC_LAUNCH(op, anchor, params)                                                 \
-  do {                                                                                 \
-    if ((anchor).is_cuda()) {                                                          \
+#define KVC_LAUNCH(op, anchor, params)                                                    \
+  do {                                                                                    \
+    if ((anchor).is_cuda()) {                                                             \
       ::kvc::on_device(anchor, [&](::kvc::Stream stream) { op##_cuda(params, stream); }); \
-    } else {                                                                           \
-      op##_cpu(params);                                                                \
-    }                                                                                  \
+    } else {                                                                              \
+      op##_cpu(params);                                                                   \
+    }                                                                                     \
   } while (false)
 #else
-#define KVC_LAUNCH(op, anchor, params)                    \
-  do {                                                    \
+#define KVC_LAUNCH(op, anchor, params)                     \
+  do {                                                     \
     if ((anchor).is_cuda()) ::kvc::fail_without_cuda(#op); \
-    op##_cpu(params);                                     \
+    op##_cpu(params);                                      \
   } while (false)
 #endif
 
 // Registers `function` as the CPU and the CUDA kernel of kvcompress::<op>.
-#define KVC_REGISTER(op, function)                                                              \
-  STABLE_TORCH_LIBRARY_IMPL(kvcompress, CPU, library) { library.impl(#op, TORCH_BOX(&function)); } \
-  STABLE_TORCH_LIBRARY_IMPL(kvcompress, CUDA, library) { library.impl(#op, TORCH_BOX(&function)); }
+#define KVC_REGISTER(op, function)                       \
+  STABLE_TORCH_LIBRARY_IMPL(kvcompress, CPU, library) {  \
+    library.impl(#op, TORCH_BOX(&function));             \
+  }                                                      \
+  STABLE_TORCH_LIBRARY_IMPL(kvcompress, CUDA, library) { \
+    library.impl(#op, TORCH_BOX(&function));             \
+  }

@@ -15,6 +15,8 @@ inline void cuda_check(cudaError_t error, const char* what) {
 }
 
 // After every launch: reports a bad launch configuration at the op that made it.
-inline void launch_check(const char* op) { cuda_check(cudaGetLastError(), op); }
+inline void launch_check(const char* op) {
+  cuda_check(cudaGetLastError(), op);
+}
 
 }  // namespace kvc

@@ -6,7 +6,8 @@
 
 namespace kvc {
 
-// 16-bit storage types. Arithmetic is always float32; rounding is to nearest even, as torch and CUDA do.
+// 16-bit storage types. Arithmetic is always float32; rounding is to nearest even, as torch and
+// CUDA do.
 struct bf16 {
   uint16_t bits;
 };
@@ -14,8 +15,12 @@ struct f16 {
   _Float16 value;
 };
 
-inline float to_float(float x) { return x; }
-inline float to_float(f16 x) { return static_cast<float>(x.value); }
+inline float to_float(float x) {
+  return x;
+}
+inline float to_float(f16 x) {
+  return static_cast<float>(x.value);
+}
 inline float to_float(bf16 x) {
   const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
   float out;

@@ -96,12 +96,38 @@ def full(*shape, dtype=torch.float32):
 NAME = "cosine_importance"
 BAD = [
     Bad("rank", wrong(before=full(6, 16)), f"{NAME}: before must be [batch, seq_len, hidden], got 2D [6, 16]"),
-    Bad("rank_after", wrong(after=full(1, 2, 6, 16)), f"{NAME}: after must be [batch, seq_len, hidden], got 4D [1, 2, 6, 16]"),
-    Bad("dtype", wrong(before=full(2, 6, 16, dtype=torch.int32)), f"{NAME}: before must be float32, float16 or bfloat16, got int32"),
-    Bad("float64", wrong(before=full(2, 6, 16, dtype=torch.float64)), f"{NAME}: before must be float32, float16 or bfloat16, got float64"),
-    Bad("mixed", wrong(after=full(2, 6, 16, dtype=torch.float16)), f"{NAME}: after must be of the dtype of before (float32), got float16"),
-    Bad("shape", wrong(after=full(2, 7, 16)), f"{NAME}: after must be of the shape of before [2, 6, 16], got [2, 7, 16]"),
-    Bad("stride", wrong(before=lambda d: torch.ones(2, 16, 6, device=d).mT), f"{NAME}: before must be contiguous in the last dimension, got a last stride of 6"),
-    Bad("seq_start_shape", wrong(seq_start=full(3, dtype=torch.int32)), f"{NAME}: seq_start must be [batch] (2), got 1D [3]"),
+    Bad(
+        "rank_after",
+        wrong(after=full(1, 2, 6, 16)),
+        f"{NAME}: after must be [batch, seq_len, hidden], got 4D [1, 2, 6, 16]",
+    ),
+    Bad(
+        "dtype",
+        wrong(before=full(2, 6, 16, dtype=torch.int32)),
+        f"{NAME}: before must be float32, float16 or bfloat16, got int32",
+    ),
+    Bad(
+        "float64",
+        wrong(before=full(2, 6, 16, dtype=torch.float64)),
+        f"{NAME}: before must be float32, float16 or bfloat16, got float64",
+    ),
+    Bad(
+        "mixed",
+        wrong(after=full(2, 6, 16, dtype=torch.float16)),
+        f"{NAME}: after must be of the dtype of before (float32), got float16",
+    ),
+    Bad(
+        "shape", wrong(after=full(2, 7, 16)), f"{NAME}: after must be of the shape of before [2, 6, 16], got [2, 7, 16]"
+    ),
+    Bad(
+        "stride",
+        wrong(before=lambda d: torch.ones(2, 16, 6, device=d).mT),
+        f"{NAME}: before must be contiguous in the last dimension, got a last stride of 6",
+    ),
+    Bad(
+        "seq_start_shape",
+        wrong(seq_start=full(3, dtype=torch.int32)),
+        f"{NAME}: seq_start must be [batch] (2), got 1D [3]",
+    ),
     Bad("seq_start_dtype", wrong(seq_start=full(2, dtype=torch.int64)), f"{NAME}: seq_start must be int32, got int64"),
 ]

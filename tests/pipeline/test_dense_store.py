@@ -74,7 +74,7 @@ def test_random_life(lengths, device):
     generator = torch.Generator().manual_seed(sum(lengths))
     store, model = fresh(lengths, 9, device)
     model.assert_equals(store)
-    for step in range(60):
+    for _ in range(60):
         kind = int(torch.randint(0, 4, (1,), generator=generator))
         batch = store.batch
         if kind <= 1:

@@ -33,7 +33,9 @@ def layer(index, layers, lengths, device, dtype=torch.float32):
     queries = torch.randn(batch, Q_HEADS, seq_len, DIM, device=device, dtype=dtype)
     keys, values = (torch.randn(batch, KV_HEADS, seq_len, DIM, device=device, dtype=dtype) for _ in range(2))
     starts = torch.tensor([seq_len - n for n in lengths], dtype=torch.int32, device=device)
-    return LayerState(index, layers, queries, keys, values, lengths, DIM**-0.5, starts if min(lengths) < seq_len else None)
+    return LayerState(
+        index, layers, queries, keys, values, lengths, DIM**-0.5, starts if min(lengths) < seq_len else None
+    )
 
 
 def alone(state, row):
@@ -41,8 +43,13 @@ def alone(state, row):
     cut = state.seq_len - state.lengths[row]
     one = slice(row, row + 1)
     return LayerState(
-        state.index, state.num_layers, state.queries[one, :, cut:], state.keys[one, :, cut:], state.values[one, :, cut:],
-        [state.lengths[row]], state.softmax_scale,
+        state.index,
+        state.num_layers,
+        state.queries[one, :, cut:],
+        state.keys[one, :, cut:],
+        state.values[one, :, cut:],
+        [state.lengths[row]],
+        state.softmax_scale,
     )
 
 
@@ -144,7 +151,11 @@ def test_sliding_window_sees_exactly_its_budget(device):
         ("snapkv", {}, "budget of snapkv must be given, got nothing"),
         ("streaming_llm", {"budget": 4}, "budget must be more than the 4 sinks, got 4"),
         ("squeeze_attention", {"budget": 0.1, "p": 0.0}, "p must be in"),
-        ("squeeze_attention", {"budget": 0.1, "inner": "squeeze_attention"}, "inner must be a method with equal layer budgets"),
+        (
+            "squeeze_attention",
+            {"budget": 0.1, "inner": "squeeze_attention"},
+            "inner must be a method with equal layer budgets",
+        ),
         ("squeeze_attention", {"budget": 0.1, "inner": "snapkw"}, "name must be one of"),
     ],
 )

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def cosine_importance(before: Tensor, after: Tensor, seq_start: Tensor | None = None, is_update: bool = False) -> Tensor:
+def cosine_importance(
+    before: Tensor, after: Tensor, seq_start: Tensor | None = None, is_update: bool = False
+) -> Tensor:
     """As kvcompress.cosine_importance, float64."""
     if is_update:
         after = before + after  # in the dtype, as the model adds

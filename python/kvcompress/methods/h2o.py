@@ -38,9 +38,10 @@ class H2O(Method):
     per_viewer: bool = False
 
     def stages(self) -> Stages:
-        share = isinstance(self.recent, float)
         return Stages(
             score=score.ReceivedAttention(group_reduce=self.group_reduce, per_viewer=self.per_viewer),
             budget=budget.Uniform(self.budget),
-            select=select.TopKRecent(self.recent) if share else select.TopK(window=self.recent),
+            select=select.TopKRecent(self.recent)
+            if isinstance(self.recent, float)
+            else select.TopK(window=self.recent),
         )

@@ -22,7 +22,9 @@ def replay(case: Golden) -> None:
     batch, _, _, dim = queries.shape
     layer = LayerState(0, 1, None, keys[:, :, :length], values[:, :, :length], [length] * batch, dim**-0.5)
     if case.take("window_prefill") + 1 >= length:
-        out = F.scaled_dot_product_attention(queries[:, :, :length], layer.keys, layer.values, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            queries[:, :, :length], layer.keys, layer.values, is_causal=True, enable_gqa=True
+        )
         assert torch.allclose(out.transpose(1, 2), case["out_prefill"], atol=2e-5)
     pipeline = Pipeline(create("sliding_window", budget=window).stages(), 1)
     store = pipeline.compress(layer)

@@ -64,8 +64,8 @@ def replay(case: Golden) -> None:
         recent = torch.arange(seq_len - window, seq_len, dtype=torch.int32).expand(*kept.shape[:2], window)
         expected = torch.cat([case["indices_prefix"].sort(-1).values.int(), recent], -1)
     if low_precision:
-        prefix = expected[..., : -window].long()
-        ours = kept[..., : -window].long()
+        prefix = expected[..., :-window].long()
+        ours = kept[..., :-window].long()
         assert (scores.gather(2, ours).sum(-1) >= scores.gather(2, prefix).sum(-1) - tolerance).all()
         return
     assert torch.equal(kept, expected)
@@ -75,6 +75,8 @@ def replay(case: Golden) -> None:
         where = kept.long()[..., None].expand(-1, -1, -1, head_dim)
         assert torch.equal(stored[:, :, : store.max_length], source.gather(2, where))
         if name in case.tensors:  # the official rows, sorted by position
-            rows = case["indices"] if "indices" in case.tensors else torch.cat([case["indices_prefix"].int(), recent], -1)
+            rows = (
+                case["indices"] if "indices" in case.tensors else torch.cat([case["indices_prefix"].int(), recent], -1)
+            )
             by_position = rows.argsort(-1)[..., None].expand(-1, -1, -1, head_dim)
             assert torch.equal(stored[:, :, : store.max_length], case[name].gather(2, by_position))

@@ -46,7 +46,7 @@ def model_run(case: Golden) -> None:
     arch = case.take("arch")
     assert arch in ("llama", "mistral")
     before, after = case["h_in"], case["h_attn"]
-    layers, batch, length, hidden = before.shape
+    layers, _, length, hidden = before.shape
     # a token a row gives the cosine of each token
     tokens = cosine_importance(before[:, 0].reshape(-1, 1, hidden), after[:, 0].reshape(-1, 1, hidden))
     assert torch.allclose(tokens.view(layers, length), case["cos"], atol=1e-6)

@@ -87,13 +87,15 @@ def rolling(case: Golden) -> None:
     length, steps, base = case.take("S"), case.take("T"), case.take("rope_base")
     sink, recent = case.take("start_size"), case.take("recent_size")
     q_raw, k_raw, values = case["q_raw"], case["k_raw"], case["v"]
-    batch, q_heads, total, dim = q_raw.shape
+    batch, _, total, dim = q_raw.shape
     inv_freq = base ** (-torch.arange(0, dim, 2) / dim)
     positions = torch.arange(total)
     queries, keys = rope(q_raw, positions, inv_freq), rope(k_raw, positions, inv_freq)
     pipeline = Pipeline(create("streaming_llm", budget=sink + recent, n_sink=sink).stages(), 1)
     layer = LayerState(0, 1, None, keys[:, :, :length], values[:, :, :length], [length] * batch, dim**-0.5)
-    out = F.scaled_dot_product_attention(queries[:, :, :length], layer.keys, layer.values, is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        queries[:, :, :length], layer.keys, layer.values, is_causal=True, enable_gqa=True
+    )
     assert torch.allclose(out[:, :, -1], case["out_prefill_last"], atol=2e-5)
     store = pipeline.compress(layer)
     assert kept(store) == rows(case["kept"])[0]
