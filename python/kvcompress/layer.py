@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,3 +54,20 @@ class LayerState:
         if self.queries is None:
             raise ValueError("LayerState: queries must be given for a score that looks at queries, got None")
         return self.queries[:, :, -size:]
+
+    def row(self, b: int) -> LayerState:
+        """Row b as a batch of its own, without its padding; views, nothing is copied."""
+        start = self.seq_len - self.lengths[b]
+
+        def cut(t: Tensor | None) -> Tensor | None:  # the last `lengths[b]` queries, or all there are
+            return None if t is None else t[b : b + 1, :, max(0, t.shape[2] - self.lengths[b]) :]
+
+        return replace(
+            self,
+            queries=cut(self.queries),
+            keys=self.keys[b : b + 1, :, start:],
+            values=self.values[b : b + 1, :, start:],
+            lengths=[self.lengths[b]],
+            seq_start=None,
+            lse=cut(self.lse),
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -179,6 +181,56 @@ def _companion(op: str, argument: str, t: Tensor | None, layout: str, shape: tup
     _check.dtype(op, argument, t, torch.float32)
     _check.same_device(op, argument, t, q, "q")
     _check.last_contiguous(op, argument, t)
+
+
+# --- what scores of keys and values share
+
+CHUNK = 1024  # entries that are widened to float32 at a time
+
+
+def by_chunks(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``compute(*tensors)`` entry by entry, `CHUNK` entries at a time in float32: the cache is never widened as a whole.
+
+    Args:
+        compute: ``[batch, heads, n, ...]`` float32 tensors -> ``[batch, heads, n, ...]``.
+        tensors: ``[batch, heads, seq_len, ...]``.
+    """
+    parts = [compute(*(t.float() for t in part)) for part in zip(*(t.split(CHUNK, dim=2) for t in tensors))]
+    return torch.cat(parts, dim=2)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """``|x[b, h, j]|`` ``[batch, heads, seq_len]`` float32 of keys or values."""
+    return by_chunks(lambda part: torch.linalg.vector_norm(part, dim=-1), x)
+
+
+S = TypeVar("S", bound=Callable[..., Tensor])
+
+
+def row_by_row(score: S) -> S:
+    """Lets a score that knows nothing of padding score padded batches, each row as if it were alone.
+
+    Right by construction for any statistic over the sequence; a batch without padding is scored in one go.
+    """
+
+    @functools.wraps(score)
+    def padded(self: Any, layer: LayerState) -> Tensor:
+        if layer.seq_start is None:
+            return score(self, layer)
+        shape = (layer.keys.shape[0], layer.keys.shape[1], layer.seq_len)
+        out = torch.full(shape, -torch.inf, dtype=torch.float32, device=layer.device)
+        for b, length in enumerate(layer.lengths):
+            if length > 0:
+                out[b : b + 1, :, layer.seq_len - length :] = score(self, layer.row(b))
+        return out
+
+    return cast(S, padded)
+
+
+def gaussian_sketch(rows: int, columns: int, seed: int) -> Tensor:
+    """``[rows, columns]`` float32 of N(0, 1 / columns) on the host: the same numbers for every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
 
 # --- score stages
