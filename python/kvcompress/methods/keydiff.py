@@ -1,0 +1,110 @@
+"""KeyDiff."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kvcompress import budget, score, select
+from kvcompress.layer import LayerState
+from kvcompress.methods import Method, register
+from kvcompress.pipeline import Stages
+
+
+@register("keydiff", title="KeyDiff", paper="arXiv 2504.15364")
+@dataclass(frozen=True)
+class KeyDiff(Method):
+    """Keeps the keys that look least like the average key; attention is high where a key differs from it.
+
+    ``score(j) = -cos(k_j, a)`` with the anchor ``a = mean_j k_j / |k_j|``, a head of the cache on its own; keys as cached,
+    after RoPE. One shot at the end of a layer's prefill, or in the paper's block form, which never looks at more than
+    ``budget + block_size`` keys: the first `budget` entries start as kept, and each block of the prompt then competes with
+    what is kept, anchor and scores taken anew over these candidates only.
+
+    No official code is known. Departures from NVIDIA/kvpress@8bb29b9 (KeyDiffPress, BlockPress):
+        - float32 whatever the cache's dtype, where many scores are nearly equal.
+        - left padding counts neither in the anchor nor as a candidate; in block form each row's blocks start behind its own
+          first `budget` entries.
+        - ties go to the smaller position.
+
+    Attributes:
+        block_size: entries a block (paper: 128); None: one shot.
+        sink, window: first and last entries to keep in any case (paper: none); inside a block run they compete.
+    """
+
+    block_size: int | None = None
+    sink: int = 0
+    window: int = 0
+
+    def stages(self) -> Stages:
+        blocks = None if self.block_size is None else KeyDifferenceInBlocks(self.budget, self.block_size)
+        return Stages(
+            score=blocks or KeyDifference(),
+            budget=budget.Uniform(self.budget),
+            select=select.TopK(sink=self.sink, window=self.window),
+        )
+
+
+def key_difference(keys: Tensor) -> Tensor:
+    """``-cos(k_j, mean of the unit keys)`` ``[batch, heads, n]`` float32 of keys ``[batch, heads, n, head_dim]``."""
+    total = torch.zeros_like(keys[:, :, 0], dtype=torch.float32)
+    for part in keys.split(score.CHUNK, dim=2):
+        total += normalize(part.float(), dim=-1, eps=1e-12).sum(2)
+    anchor = normalize(total / keys.shape[2], dim=-1, eps=1e-8)[..., None]
+    return -score.by_chunks(lambda part: (normalize(part, dim=-1, eps=1e-8) @ anchor)[..., 0], keys)
+
+
+@dataclass(frozen=True)
+class KeyDifference:
+    """`key_difference` of all keys of a row at once."""
+
+    by_position = False
+    queries = 0
+
+    @score.row_by_row
+    def __call__(self, layer: LayerState) -> Tensor:
+        return key_difference(layer.keys)
+
+    def __str__(self) -> str:
+        return "keys, against their mean direction"
+
+
+@dataclass(frozen=True)
+class KeyDifferenceInBlocks:
+    """`key_difference` among at most ``budget + block_size`` candidates, block after block.
+
+    An entry's score is that of the last round it took part in, and every later round counts more than any score: so the
+    top `budget` are what the last round keeps, and a larger cut takes back what was evicted last.
+    """
+
+    budget: int | float
+    block_size: int
+    by_position = False
+    queries = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"keydiff: block_size must be at least 1, got {self.block_size}")
+
+    @score.row_by_row
+    def __call__(self, layer: LayerState) -> Tensor:
+        batch, heads, length, dim = layer.keys.shape
+        kept = min(length, budget.entries(self.budget, length))
+        starts = range(kept, length, self.block_size)
+        if not starts:
+            return key_difference(layer.keys)
+        scores = torch.empty(batch, heads, length, dtype=torch.float32, device=layer.device)
+        position = torch.arange(length, device=layer.device).expand(batch, heads, -1)
+        held = position[:, :, :kept]
+        for rounds_left, start in zip(reversed(range(len(starts))), starts):
+            candidates = torch.cat([held, position[:, :, start : start + self.block_size]], dim=2)
+            difference = key_difference(layer.keys.gather(2, candidates[..., None].expand(-1, -1, -1, dim)))
+            scores.scatter_(2, candidates, difference - 3 * rounds_left)  # scores lie in [-1, 1]
+            held = candidates.gather(2, select.topk(difference, kept).long())
+        return scores
+
+    def __str__(self) -> str:
+        return f"keys, against their mean direction, in blocks of {self.block_size}"
