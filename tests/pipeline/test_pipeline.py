@@ -17,6 +17,10 @@ METHODS = {
     "sliding_window": {},
     "tova": {},
     "h2o": {},
+    "knorm": {"skip_layers": ()},
+    "keydiff": {},
+    "curdkv": {},
+    "random": {},
 }
 
 # with layer budgets of their own, which one layer alone gets whole

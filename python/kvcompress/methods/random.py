@@ -13,7 +13,7 @@ from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
 
 
-@register("random", title="Random", paper="control, no paper")
+@register("random", title="Random", paper="none, the control")
 @dataclass(frozen=True)
 class Random(Method):
     """Keeps entries at random: what a score must beat to be worth anything.
