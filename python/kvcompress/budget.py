@@ -392,6 +392,9 @@ class Squeeze(Budget):
     def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
         layers, columns = len(measured), []
         for row, length in enumerate(lengths):
+            if entries(self.budget, length) >= length:  # nothing to hand around; a layer may still grow to its mean
+                columns.append([max(entries(self.budget, length), floor)] * layers)
+                continue
             cosines = [float(layer[row]) for layer in measured]
             groups = kmeans_1d(cosines, self.groups) if length else None
             keep = self._keep(max(length, 1))
@@ -453,7 +456,7 @@ class Pyramid(Budget):
         step = (high - low) // max(layers - 1, 1)
         if length < capacity:
             return [length] * layers
-        return [self.window + int(base if length < 2 * base else high - layer * step) for layer in range(layers)]
+        return [self.window + (base if length < 2 * base else high - layer * step) for layer in range(layers)]
 
     def _kvpress(self, layers: int, length: int) -> list[int]:
         mean = self.budget if isinstance(self.budget, int) else self.budget * length
