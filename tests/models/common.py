@@ -1,0 +1,73 @@
+"""What the tests of the model loop share: methods to try, prompts, and one way to run them."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcompress.methods import create
+from kvcompress.models import CompressedCache, attach
+
+PROMPT, BUDGET = 90, 30
+
+
+def methods(budget=BUDGET):
+    """The methods of the registry that these tests know parameters for."""
+    snapkv = create("snapkv", budget=budget, window=8, kernel_size=3)
+    streaming = create("streaming_llm", budget=budget)
+    sliding = create("sliding_window", budget=budget)
+    return {
+        "snapkv": snapkv,
+        "snapkv_q_heads": create("snapkv", budget=budget, window=8, kernel_size=3, group_reduce="none"),
+        "streaming_llm": streaming,
+        "streaming_llm_once": create("streaming_llm", budget=budget, rolling=False),
+        "sliding_window": sliding,
+        "squeeze_snapkv": create("squeeze_attention", budget=budget, inner=snapkv, p=0.5),
+        "squeeze_streaming": create("squeeze_attention", budget=budget, inner=streaming, p=0.5),
+        "squeeze_sliding": create("squeeze_attention", budget=budget, inner=sliding, p=0.5),
+    }
+
+
+NAMES = list(methods())
+CUT_ONCE = [name for name in NAMES if name.startswith(("snapkv", "squeeze_snapkv")) or name.endswith("_once")]
+EVICTING = [name for name in NAMES if name not in CUT_ONCE]
+
+
+def method(name, budget=BUDGET):
+    return methods(budget)[name]
+
+
+def prompt(model, length=PROMPT, batch=1, seed=0):
+    """Tokens with repeats, so that prompt lookup finds drafts."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(2, 97, (batch, length - length // 2), generator=generator)
+    return torch.cat([half, half[:, : length // 2]], 1).to(model.device)
+
+
+def padded(rows):
+    """Left-padded batch and its mask."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0)) for row in rows])
+    return ids, (ids != 0).long()
+
+
+def generate(model, cache, ids, new=12, attached=True, **options):
+    """Tokens behind the prompt and their raw logits ``[batch, new, vocab]``."""
+    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **options}
+
+    def run():
+        return model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+
+    if attached:
+        with attach(model):
+            out = run()
+    else:
+        out = run()
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+def cache_of(model, method, **options):
+    return CompressedCache(model.config, method, **options)
+
+
+def entries(cache):
+    return [layer.entries for layer in cache.stats().layers]
