@@ -456,7 +456,7 @@ class Pyramid(Budget):
         step = (high - low) // max(layers - 1, 1)
         if length < capacity:
             return [length] * layers
-        return [self.window + (base if length < 2 * base else high - layer * step) for layer in range(layers)]
+        return [self.window + int(base if length < 2 * base else high - layer * step) for layer in range(layers)]
 
     def _kvpress(self, layers: int, length: int) -> list[int]:
         mean = self.budget if isinstance(self.budget, int) else self.budget * length
