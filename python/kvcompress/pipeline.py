@@ -65,8 +65,11 @@ class Stages:
     select: Select
     when: When = field(default_factory=Prefill)
     attend: Attend | None = None
+    reuse: int = 1  # layers that rank by the scores of the first of them
 
     def __post_init__(self) -> None:
+        if self.reuse < 1:
+            raise ValueError(f"Stages: reuse must be at least 1 layer, got {self.reuse}")
         if isinstance(self.when, EveryStep) and not self.score.by_position:
             raise ValueError(
                 "Stages: when must be Prefill for a score that cannot rank tokens appended later, got EveryStep with "
@@ -92,6 +95,7 @@ class Pipeline:
         """Forgets all measurements: the next prompt is a new one."""
         self._measured: dict[int, Tensor] = {}
         self._unsettled: dict[int, DenseStore] = {}
+        self._shared: Tensor | None = None
 
     @property
     def queries(self) -> int:
@@ -122,7 +126,9 @@ class Pipeline:
         nothing is dropped.
         """
         budget, select = self.stages.budget, self.stages.select
-        scores = functools.cache(lambda: self.stages.score(layer))
+        if layer.index % self.stages.reuse == 0:
+            self._shared = None  # of another group, or another prompt
+        scores = functools.cache(lambda: self._score(layer))
         targets = [max(target, select.forced) for target in budget.first(layer, scores)]
         counts = [min(target, length) for target, length in zip(targets, layer.lengths)]
         if counts == layer.lengths and not budget.deferred:  # nothing to drop: nothing is computed
@@ -145,6 +151,15 @@ class Pipeline:
                 self._measured[layer.index] = budget.measure(layer, scores)
             self._settle()
         return store
+
+    def _score(self, layer: LayerState) -> Tensor:
+        """The layer's scores, or those that a layer before it in its group of `reuse` layers has computed."""
+        if self._shared is not None:
+            return self._shared.to(layer.device)
+        scores = self.stages.score(layer)
+        if self.stages.reuse > 1:
+            self._shared = scores
+        return scores
 
     def observe_residual(self, index: int, importance: Tensor) -> None:
         """Takes the mean cosine ``[batch]`` of layer `index` (see `kvcompress.cosine_importance`)."""

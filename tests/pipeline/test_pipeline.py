@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -142,6 +144,25 @@ def test_sliding_window_sees_exactly_its_budget(device):
         store.append(*(torch.randn(2, KV_HEADS, 1, DIM, device=device) for _ in range(2)))
         assert store.lengths == [20, min(20, 8 + step)]
         pipeline.evict(store)
+
+
+def test_layers_reuse_the_scores_of_the_first_of_their_group(device):
+    stages = replace(create("snapkv", budget=30, window=8).stages(), reuse=2)
+    pipeline = Pipeline(stages, 5)
+    for _ in range(2):  # five layers leave a group open; the next prompt must not see it
+        states = [layer(i, 5, [100, 61], device) for i in range(5)]
+        stores = [pipeline.compress(state) for state in states]
+        for i, store in enumerate(stores):
+            own = Pipeline(replace(stages, reuse=1), 5).compress(states[i])
+            first = Pipeline(replace(stages, reuse=1), 5).compress(states[i - i % 2])
+            for row in range(2):
+                assert torch.equal(kept(store, row), kept(first, row))
+                assert i % 2 == 0 or not torch.equal(kept(store, row), kept(own, row))
+        # a layer alone in its group, then a prompt whose first layer has nothing to drop and so no scores
+        short, long = layer(0, 5, [30], device), layer(1, 5, [100], device)
+        pipeline.compress(short)
+        expected = Pipeline(replace(stages, reuse=1), 5).compress(long)
+        assert torch.equal(kept(pipeline.compress(long), 0), kept(expected, 0))
 
 
 @pytest.mark.parametrize(
