@@ -19,6 +19,7 @@ METHODS = {
     "sliding_window": {},
     "tova": {},
     "h2o": {},
+    "chunkkv": {"window": 8},
     "knorm": {"skip_layers": ()},
     "keydiff": {},
     "curdkv": {},

@@ -46,17 +46,17 @@ class PrefixKV(Method):
         keep = select.TopK(sink=self.sink, window=self.window)
         return Stages(
             score=score.ReceivedAttention(shared=True),
-            budget=self._offline() if self.table else budget.PrefixMass(self.budget, keep.forced),
+            budget=self._offline(self.table) if self.table else budget.PrefixMass(self.budget, keep.forced),
             select=keep,
         )
 
-    def _offline(self) -> budget.Table:
+    def _offline(self, path: str) -> budget.Table:
         try:
-            shares = json.loads(Path(self.table).read_text())["keep"]
+            shares = json.loads(Path(path).read_text())["keep"]
             table = budget.Table(tuple(shares))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'prefixkv: table must be a JSON file {{"keep": [share of each layer]}}, got {self.table} ({error})'
+                f'prefixkv: table must be a JSON file {{"keep": [share of each layer]}}, got {path} ({error})'
             ) from None
         mean = sum(shares) / len(shares)
         if not isinstance(self.budget, float) or abs(mean - self.budget) > 0.02:  # a table rounds, and prompts differ
