@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   // store
   library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
   library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");
+  library.def("gather_ragged(Tensor[] tensors, Tensor index, Tensor row_start, SymInt total) -> Tensor[]");
   library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");
   // attend
   library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");

@@ -11,7 +11,7 @@ from kvcompress.budget import cosine_importance  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import topk  # noqa: E402
-from kvcompress.store import append_, compact_, gather  # noqa: E402
+from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "cosine_importance",
     "decode_attention",
     "gather",
+    "gather_ragged",
     "ragged_decode_attention",
     "set_debug",
     "topk",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress import _check
 
-__all__ = ["append_", "compact_", "gather"]
+__all__ = ["append_", "compact_", "gather", "gather_ragged"]
 
 _MAX_TENSORS = 8
 
@@ -70,6 +70,38 @@ def gather(tensors: Sequence[Tensor], index: Tensor, *, capacity: int | None = N
     """
     capacity = index.shape[-1] if capacity is None else capacity
     return _check.call(torch.ops.kvcompress.gather.default, tensors, index, capacity)
+
+
+def gather_ragged(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, *, total: int) -> list[Tensor]:
+    """Copies the kept rows of every tensor into one packed buffer, a stretch of its own for each row and head.
+
+    ``out[row_start[b * heads + h] + i] = tensor[b, h // (heads / tensor heads), index[b, h, i]]`` wherever the index is not -1;
+    all other slots, so the room behind a head, are zero.
+
+    Args:
+        tensors: one to eight of ``[batch, tensor heads, seq_len, head_dim]`` or ``[batch, tensor heads, seq_len]``; any
+            dtypes of 1, 2, 4 or 8 bytes, any strides with a contiguous last dimension.
+        index: ``[batch, heads, k]`` int32, -1 or in [0, seq_len), as `topk` gives it.
+        row_start: ``[batch * heads]`` int64, the first slot of each head; stretches must not overlap nor leave the buffer.
+        total: slots of the packed buffers.
+
+    Returns:
+        One contiguous ``[total, head_dim]`` or ``[total]`` for each tensor.
+
+    Raises:
+        ValueError, TypeError: ``gather_ragged: argument must be ..., got ...``. Values of `index` are checked under
+            `set_debug` only; those of `row_start` are the caller's contract.
+
+    Scratch: none.
+
+    Example:
+        >>> keys = torch.arange(6.0).view(1, 2, 3, 1)
+        >>> index = torch.tensor([[[0, 2], [1, -1]]], dtype=torch.int32)
+        >>> packed, = kvcompress.gather_ragged([keys], index, torch.tensor([0, 3]), total=5)
+        >>> packed[:, 0]
+        tensor([0., 2., 0., 4., 0.])
+    """
+    return _check.call(torch.ops.kvcompress.gather_ragged.default, tensors, index, row_start, total)
 
 
 def append_(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) -> None:
@@ -145,12 +177,10 @@ def _(tensors: Sequence[Tensor], index: Tensor) -> None:
     _check.require(index.shape[2] <= seq_len, op, "index", must, index.shape[2])
 
 
-@torch.library.register_fake("kvcompress::gather")
-def _(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
-    op = "gather"
+def _check_gather(op: str, tensors: Sequence[Tensor], index: Tensor) -> None:
     _check_index(op, index)
     _check_row_list(op, "tensors", tensors, "seq_len", index, "index", is_written=False)
-    batch, heads, k = index.shape
+    batch, heads, _ = index.shape
     seq_len = tensors[0].shape[2]
     for i, t in enumerate(tensors):
         must = f"of the batch of index ({batch}) and the seq_len of tensors[0] ({seq_len})"
@@ -158,8 +188,30 @@ def _(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
         _check.require(same, op, "tensors", must, f"{_check.shape_string(t)} at [{i}]")
         multiple = heads == 0 if t.shape[1] == 0 else heads % t.shape[1] == 0
         _check.require(multiple, op, "index", f"of a multiple of {t.shape[1]} heads", f"{heads} at [{i}]")
+
+
+@torch.library.register_fake("kvcompress::gather")
+def _(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
+    op = "gather"
+    _check_gather(op, tensors, index)
+    batch, heads, k = index.shape
     _check.require(capacity >= k, op, "capacity", f"at least k ({k})", capacity)
     return [t.new_empty((batch, heads, capacity, *t.shape[3:])) for t in tensors]
+
+
+@torch.library.register_fake("kvcompress::gather_ragged")
+def _(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, total: int) -> list[Tensor]:
+    op = "gather_ragged"
+    _check_gather(op, tensors, index)
+    heads = index.shape[0] * index.shape[1]
+    ok = row_start.dim() == 1 and row_start.shape[0] == heads
+    got = f"{row_start.dim()}D {_check.shape_string(row_start)}"
+    _check.require(ok, op, "row_start", f"[batch * heads] ({heads})", got)
+    _check.dtype(op, "row_start", row_start, torch.int64)
+    _check.same_device(op, "row_start", row_start, index, "index")
+    _check.last_contiguous(op, "row_start", row_start)
+    _check.require(total >= 0, op, "total", "at least 0", total)
+    return [t.new_empty((total, *t.shape[3:])) for t in tensors]
 
 
 @torch.library.register_fake("kvcompress::append_")

@@ -35,6 +35,21 @@ def gather(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tens
     return outs
 
 
+def gather_ragged(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, total: int) -> list[Tensor]:
+    """As kvcompress.gather_ragged."""
+    heads, starts = index.shape[1], row_start.tolist()
+    outs = []
+    for t in tensors:
+        out = torch.zeros((total, *t.shape[3:]), dtype=t.dtype, device=t.device)
+        for b, rows in enumerate(index.tolist()):
+            for h, entries in enumerate(rows):
+                for i, entry in enumerate(entries):
+                    if entry >= 0:
+                        out[starts[b * heads + h] + i] = t[b, h // (heads // t.shape[1]), entry]
+        outs.append(out)
+    return outs
+
+
 def append(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) -> list[Tensor]:
     """What kvcompress.append_ leaves in each buffer."""
     out = [buffer.clone() for buffer in buffers]
