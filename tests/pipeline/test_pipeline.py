@@ -20,6 +20,7 @@ METHODS = {
     "tova": {},
     "h2o": {},
     "chunkkv": {"window": 8},
+    "obcache": {"window": 8},
     "knorm": {"skip_layers": ()},
     "keydiff": {},
     "curdkv": {},
