@@ -112,3 +112,80 @@ def test_bad_input_fake(op, bad):
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = torch.utils._pytree.tree_map(lambda x: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x, args)
         assert bad.words in message(op, fake)
+
+
+# --- on a GPU: graphs and streams
+
+
+def copies(args):
+    """The arguments with every tensor cloned, views and overlaps kept by cloning the storage behind them."""
+
+    def clone(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        storage = x.untyped_storage().clone()
+        return torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, x.storage_offset(), x.shape, x.stride())
+
+    return torch.utils._pytree.tree_map(clone, args)
+
+
+def raw(x):
+    """The whole storage behind a tensor, as bytes: written to even where the tensor's own strides overlap."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+def tensors(*trees):
+    return [x for x in torch.utils._pytree.tree_leaves(trees) if isinstance(x, torch.Tensor)]
+
+
+def assert_same(ours, expected):
+    for x, y in zip(tensors(*ours), tensors(*expected), strict=True):
+        assert torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_graph(op):
+    """Captured once, replayed: the same bits as eager, outputs and tensors changed in place."""
+    for args in MODULES[op].samples("cuda"):
+        eager = copies(args)
+        expected = packet(op)(*eager)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            packet(op)(*copies(args))  # warm up: lazily loaded kernels may not be loaded during capture
+        torch.cuda.current_stream().wait_stream(side)
+        captured = copies(args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = packet(op)(*captured)
+        for x, original in zip(tensors(captured), tensors(args), strict=True):
+            raw(x).copy_(raw(original))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same((out, captured), (expected, eager))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", OPS)
+def test_two_streams(op):
+    """The op runs on the caller's stream: inputs that a busy stream writes late are seen, and two streams do not meet."""
+    for args in MODULES[op].samples("cuda"):
+        eager = copies(args)
+        expected = packet(op)(*eager)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        late = [copies(args) for _ in streams]
+        for inputs in late:
+            for x in tensors(inputs):
+                raw(x).zero_()
+        torch.cuda.synchronize()
+        outs = []
+        for stream, inputs in zip(streams, late):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)
+                for x, original in zip(tensors(inputs), tensors(args), strict=True):
+                    raw(x).copy_(raw(original))
+                outs.append(packet(op)(*inputs))
+        torch.cuda.synchronize()
+        for out, inputs in zip(outs, late):
+            assert_same((out, inputs), (expected, eager))

@@ -15,7 +15,7 @@ struct Sums {
   float dot, before, after;
 };
 
-// Eight running sums a quantity: enough for the vectoriser, and one fixed order of addition.
+// Running sums of a quantity: enough for the vectoriser, and one fixed order of addition.
 constexpr int64_t kLanes = 64;
 
 template <typename T>

@@ -81,15 +81,18 @@ __global__ void __launch_bounds__(kThreads) cosine_importance_kernel(CosineImpor
   }
 }
 
-// One thread a row: the ordered sum over its tiles, 512 at a sequence of 32k.
+// A warp a row: lane l adds the tiles l, l + 32, ... in ascending order, then the lanes add by pairs.
 __global__ void row_mean_kernel(CosineImportanceParams p) {
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (b >= p.batch) return;
+  static_assert(kCosineLanes == kWarp);
+  const int64_t b = blockIdx.x;
   const int64_t tokens = p.seq_len - (p.seq_start ? p.seq_start[b] : 0);
   float sum = 0;
-#pragma unroll 8
-  for (int64_t tile = 0; tile < p.num_tiles; ++tile) sum += p.partial[b * p.num_tiles + tile];
-  p.out[b] = tokens > 0 ? sum / static_cast<float>(tokens) : nanf("");
+#pragma unroll 4
+  for (int64_t tile = threadIdx.x; tile < p.num_tiles; tile += kWarp) {
+    sum += p.partial[b * p.num_tiles + tile];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x == 0) p.out[b] = tokens > 0 ? sum / static_cast<float>(tokens) : nanf("");
 }
 
 template <typename T>
@@ -112,7 +115,7 @@ void launch(const CosineImportanceParams& p, cudaStream_t stream) {
     kernel<<<grid, kThreads, 0, stream>>>(p);
     launch_check("cosine_importance");
   }
-  row_mean_kernel<<<static_cast<unsigned>((p.batch + 127) / 128), 128, 0, stream>>>(p);
+  row_mean_kernel<<<static_cast<unsigned>(p.batch), kWarp, 0, stream>>>(p);
   launch_check("cosine_importance");
 }
 

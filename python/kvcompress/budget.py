@@ -58,7 +58,7 @@ def cosine_importance(
     Raises:
         ValueError, TypeError: ``cosine_importance: argument must be ..., got ...``.
 
-    Scratch: ``4 * batch * ceil(seq_len / 64)`` bytes.
+    Scratch: ``4 * batch * ceil(seq_len / 16)`` bytes.
 
     Example:
         >>> h, attn_out = torch.randn(2, 128, 64), torch.randn(2, 128, 64)
