@@ -4,8 +4,8 @@
 //
 // h = before[b, s], a = after[b, s], or h + after[b, s] rounded to the dtype, as the model's own
 // residual add rounds it, when is_update. Sums are float32. Token cosines are added in tiles of
-// kCosineTile, tiles in ascending order, so that CPU and CUDA add in the same order and every run
-// gives the same bits.
+// kCosineTile, the tiles of a row in kCosineLanes strided sums and these by pairs, so that CPU and
+// CUDA add in the same order and every run gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 
 namespace kvc {
 
-constexpr int64_t kCosineTile =
-    64;  // tokens added up by one block before the ordered sum over tiles
+constexpr int64_t kCosineTile = 16;   // tokens of one block: few, so that 8k tokens fill a GPU
+constexpr int64_t kCosineLanes = 32;  // strided sums over the tiles of a row
 constexpr float kCosineEps = 1e-8f;
 
 struct CosineImportanceParams {

@@ -79,10 +79,15 @@ void run(const CosineImportanceParams& p) {
   });
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t tokens = p.seq_len - (p.seq_start ? p.seq_start[b] : 0);
-    float sum = 0;
-    for (int64_t tile = 0; tile < p.num_tiles; ++tile) sum += p.partial[b * p.num_tiles + tile];
-    p.out[b] =
-        tokens > 0 ? sum / static_cast<float>(tokens) : std::numeric_limits<float>::quiet_NaN();
+    float lanes[kCosineLanes] = {};
+    for (int64_t tile = 0; tile < p.num_tiles; ++tile) {
+      lanes[tile % kCosineLanes] += p.partial[b * p.num_tiles + tile];
+    }
+    for (int64_t half = kCosineLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    p.out[b] = tokens > 0 ? lanes[0] / static_cast<float>(tokens)
+                          : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // Block = (tile of kCosineTile tokens, batch row), a warp a token, lane = 16 bytes of both vectors
 // a step. Three float32 sums a token stay in registers; the block writes one partial sum, and a
-// second launch adds the partials of a row in ascending order: no atomics, the same bits every run.
+// second launch adds the partials of a row in a fixed order: no atomics, the same bits every run.
 // Bound: reading `before` and `after` once, 2 * batch * seq_len * hidden elements; both are
 // streamed past L1.
 #include <limits>
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kThreads) cosine_importance_kernel(CosineImpor
   }
 }
 
-// A warp a row: lane l adds the tiles l, l + 32, ... in ascending order, then the lanes add by pairs.
+// A warp a row: lane l adds the tiles l, l + 32, ... in ascending order, then the lanes add by
+// pairs.
 __global__ void row_mean_kernel(CosineImportanceParams p) {
   static_assert(kCosineLanes == kWarp);
   const int64_t b = blockIdx.x;
