@@ -10,7 +10,8 @@ namespace kvc {
 struct DeviceLimits {
   int major;  // compute capability
   int multiprocessors;
-  int shared_bytes;  // most that one block may use
+  int shared_bytes;      // most that one block may use
+  int shared_bytes_all;  // of a multiprocessor, all blocks together
 };
 
 inline const DeviceLimits& device_limits() {
@@ -28,7 +29,8 @@ inline const DeviceLimits& device_limits() {
     };
     limits[device] = {.major = ask(cudaDevAttrComputeCapabilityMajor),
                       .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
-                      .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                      .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      .shared_bytes_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   });
   return limits[device];
 }
