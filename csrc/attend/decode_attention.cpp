@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/debug.h"
 #include "common/on_device.h"
 
 namespace kvc {
@@ -68,6 +69,14 @@ void check_per_store(const char* op, const char* name, const Tensor& t, ScalarTy
   check_last_contiguous(op, name, t);
 }
 
+// Under the debug switch: no length exceeds `most`.
+void check_lengths(const char* op, const Tensor& lengths, int64_t most, const char* name_of_most) {
+  if (debug_enabled()) [[unlikely]] {
+    check_index_values(op, "lengths", lengths, {.low = 0, .high = most + 1},
+                       std::string("from 0 to ") + name_of_most + " (" + text(most) + ")");
+  }
+}
+
 // Allocates what comes out and the scratch, and runs. `params` holds everything else.
 Result attend(const Tensor& q, double softmax_scale, bool return_logits,
               DecodeAttentionParams& params) {
@@ -118,6 +127,7 @@ Result decode_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   check_strides(kOp, q, k, v);
   check_row_vector(kOp, "lengths", lengths, q.size(0), q, "q");
   check_scale(kOp, softmax_scale);
+  if (lengths.has_value()) check_lengths(kOp, *lengths, k.size(2), "the capacity");
   DecodeAttentionParams params{
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),
@@ -152,6 +162,7 @@ Result ragged_decode_attention(const Tensor& q, const Tensor& k, const Tensor& v
   require(max_length >= 0 && max_length <= k.size(0), kOp, "max_length",
           "from 0 to the rows of k (" + text(k.size(0)) + ")", text(max_length));
   check_scale(kOp, softmax_scale);
+  check_lengths(kOp, lengths, max_length, "max_length");
   DecodeAttentionParams params{
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),

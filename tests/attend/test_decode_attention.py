@@ -370,4 +370,10 @@ BAD = [
     Bad("lengths_dtype", wrong(lengths=full(2, dtype=torch.int64)), f"{NAME}: lengths must be int32, got int64"),
     Bad("scale", wrong(softmax_scale=0.0), f"{NAME}: softmax_scale must be finite and above 0, got 0.000000"),
     Bad("scale_nan", wrong(softmax_scale=NAN), f"{NAME}: softmax_scale must be finite and above 0, got nan"),
+    Bad(
+        "length",
+        wrong(lengths=lambda d: int32([3, 21], d)),
+        f"{NAME}: lengths must be from 0 to the capacity (20), got 21 at [1]",
+        reads_data=True,
+    ),
 ]

@@ -241,4 +241,10 @@ BAD = [
         "max_length_negative", wrong(max_length=-1), f"{NAME}: max_length must be from 0 to the rows of k (40), got -1"
     ),
     Bad("scale", wrong(softmax_scale=INF), f"{NAME}: softmax_scale must be finite and above 0, got inf"),
+    Bad(
+        "length",
+        wrong(lengths=lambda d: int32([10, 5, -1, 8], d)),
+        f"{NAME}: lengths must be from 0 to max_length (10), got -1 at [2]",
+        reads_data=True,
+    ),
 ]
