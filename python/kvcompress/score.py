@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress import _check
 from kvcompress.layer import ALL_QUERIES, LayerState
+from kvcompress.rotary import rerotate
 
 __all__ = ["ReceivedAttention", "Recency", "WindowAttention", "window_scores"]
 
@@ -225,6 +226,25 @@ def row_by_row(score: S) -> S:
         return out
 
     return cast(S, padded)
+
+
+def frequencies(layer: LayerState) -> Tensor:
+    """The layer's rotary frequencies; ValueError where the model loop gave none."""
+    if layer.inv_freq is None:
+        raise ValueError("frequencies: inv_freq must be given for a score that takes rotations back, got None")
+    return layer.inv_freq
+
+
+def before_rope(layer: LayerState, rows: Tensor, first: int) -> Tensor:
+    """Queries or keys of unpadded rows with their rotation taken back, ``[batch, heads, n, head_dim]`` float32.
+
+    Args:
+        layer: for its rotary frequencies.
+        rows: ``[batch, heads, n, head_dim]``, the rotated entries ``first, first + 1, ...`` of each row.
+        first: position of the first of them.
+    """
+    positions = torch.arange(first, first + rows.shape[2], device=rows.device)
+    return rerotate(rows.float(), -positions, frequencies(layer))
 
 
 def gaussian_sketch(rows: int, columns: int, seed: int) -> Tensor:
