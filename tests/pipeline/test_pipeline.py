@@ -25,6 +25,8 @@ METHODS = {
     "keydiff": {},
     "curdkv": {},
     "random": {},
+    "expected_attention": {},
+    "compactor": {"sink": 2, "window": 6, "chunk": 16, "leverage_block": 32, "sketch": 8, "accounting": "inside"},
 }
 
 # with layer budgets of their own, which one layer alone gets whole
@@ -41,9 +43,9 @@ def layer(index, layers, lengths, device, dtype=torch.float32):
     queries = torch.randn(batch, Q_HEADS, seq_len, DIM, device=device, dtype=dtype)
     keys, values = (torch.randn(batch, KV_HEADS, seq_len, DIM, device=device, dtype=dtype) for _ in range(2))
     starts = torch.tensor([seq_len - n for n in lengths], dtype=torch.int32, device=device)
-    return LayerState(
-        index, layers, queries, keys, values, lengths, DIM**-0.5, starts if min(lengths) < seq_len else None
-    )
+    seq_start = starts if min(lengths) < seq_len else None
+    inv_freq = 10000.0 ** (-torch.arange(0, DIM, 2, device=device) / DIM)
+    return LayerState(index, layers, queries, keys, values, lengths, DIM**-0.5, seq_start, inv_freq=inv_freq)
 
 
 def alone(state, row):
@@ -58,6 +60,7 @@ def alone(state, row):
         state.values[one, :, cut:],
         [state.lengths[row]],
         state.softmax_scale,
+        inv_freq=state.inv_freq,
     )
 
 
