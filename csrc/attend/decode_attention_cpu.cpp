@@ -211,12 +211,13 @@ class Worker {
     std::fill_n(sum_, rows_, 0.0f);
   }
 
-  // Rows of a store as float32, while the rows that come next are fetched.
+  // Rows of a store as float32, while the rows that come next are fetched into L2: L1 is full of
+  // this tile.
   void load(const T* from, int64_t stride, const T* next, int64_t next_stride, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
       const char* ahead = reinterpret_cast<const char*>(next + j * next_stride);
       const int64_t bytes = p_.head_dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
       widen(from + j * stride, tile_ + j * depth_, p_.head_dim);
     }
   }
