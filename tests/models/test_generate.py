@@ -144,9 +144,9 @@ def test_an_assistant_changes_nothing(model):
 
 
 @pytest.mark.parametrize("name", CUT_ONCE)
-def test_a_strange_assistant_changes_nothing(model, name):
+def test_a_strange_assistant_changes_nothing(model, llama, name):
     """Hardly any draft is accepted, and what is taken back leaves no trace in a compressed cache."""
-    ids, stranger = prompt(model), copy.deepcopy(model)
+    ids, stranger = prompt(model), copy.deepcopy(llama)
     with torch.no_grad():
         stranger.lm_head.weight.normal_()
     wanted, _ = generate(model, cache_of(model, method(name)), ids, new=16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,7 @@ class CompressedCache(Cache):
         self.chunked_prefill = chunked_prefill
         self._pipeline = None if method is None else Pipeline(method.stages(), count, reserve=reserve)
         self._compressed: list[CompressedLayer] = []
+        self._others: dict[int, Callable[[], Any]] = {}  # how to make the layers that are not compressed
         layers: list[Any] = []
         for layer_idx, (kind, options) in enumerate(zip(kinds, each)):
             if kind == "full_attention":
@@ -81,7 +84,8 @@ class CompressedCache(Cache):
                 self._compressed.append(layer)
                 layers.append(layer)
             else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                self._others[layer_idx] = partial(DYNAMIC_LAYER_TYPE_MAPPING[kind], **options)
+                layers.append(self._others[layer_idx]())
         super().__init__(layers=layers)
         self._forget()
 
@@ -94,7 +98,10 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything: the next forward is a new prompt."""
-        super().reset()
+        for layer in self._compressed:
+            layer.reset()
+        for layer_idx, make in self._others.items():  # their own reset leaves zeroed entries behind in some releases
+            self.layers[layer_idx] = make()
         self._forget()
 
     # --- a forward, layer by layer
