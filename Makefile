@@ -45,7 +45,7 @@ readme: setup  ## write the registry's methods into the README's table
 	sed -i -e '/<!-- methods:/,/<!-- \/methods/{//!d}' -e '/<!-- methods:/r build/methods.md' README.md
 
 test: setup  ## everything that needs no GPU
-	python -m pytest -n $(JOBS)
+	OMP_WAIT_POLICY=passive python -m pytest -n $(JOBS)  # workers share the cores: idle threads must not spin
 
 test-gpu: setup  ## everything; fails where there is no GPU
 	KVCOMPRESS_REQUIRE_CUDA=1 python -m pytest

@@ -140,7 +140,7 @@ def tensors(*trees):
 
 def assert_same(ours, expected):
     for x, y in zip(tensors(*ours), tensors(*expected), strict=True):
-        assert torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+        assert torch.equal(x, y) or (torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num()))
 
 
 @pytest.mark.cuda

@@ -9,8 +9,8 @@
 // heads are stored once per query head. Entries outside [0, seq_len) give zeros (the debug switch
 // reports them).
 //
-// gather_ragged packs instead: head (b, h) starts at row row_start[b * heads + h] of one buffer, and
-// only its kept entries are written:
+// gather_ragged packs instead: head (b, h) starts at row row_start[b * heads + h] of one buffer,
+// and only its kept entries are written:
 //
 //   out[row_start[b * heads + h] + i] = tensor[...]   for i < k and index[b, h, i] >= 0
 #pragma once
@@ -26,7 +26,7 @@ struct GatherParams {
   Rows outs[kMaxTensors];     // [batch, heads, capacity] rows of the same bytes, contiguous
   const int32_t* index;       // [batch, heads, k], last dimension contiguous
   int64_t index_batch_stride, index_head_stride;  // in elements
-  const int64_t* row_start;   // [batch * heads] packed outs, or null: dense outs
+  const int64_t* row_start;  // [batch * heads] packed outs, or null: dense outs
   int64_t batch, heads, seq_len, k, capacity;
   int32_t num_tensors;
 };

@@ -16,8 +16,8 @@ void gather_cpu(const GatherParams& p) {
       const int32_t* index = p.index + b * p.index_batch_stride + h * p.index_head_stride;
       const char* from = row_address(source, b, h / (p.heads / source.heads), 0);
       const bool packed = p.row_start != nullptr;
-      char* to = packed ? out.data + p.row_start[b * p.heads + h] * out.bytes
-                        : row_address(out, b, h, 0);
+      char* to =
+          packed ? out.data + p.row_start[b * p.heads + h] * out.bytes : row_address(out, b, h, 0);
       for (int64_t i = 0; i < p.k; ++i, to += out.bytes) {
         const int64_t entry = index[i];
         if (entry >= 0 && entry < p.seq_len) {

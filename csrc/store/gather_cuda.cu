@@ -45,8 +45,8 @@ void gather_cuda(const GatherParams& params, void* stream) {
   const bool ragged = params.row_start != nullptr;
   copy_rows::Plan plan;
   for (int i = 0; i < params.num_tensors; ++i) {
-    plan.add(params.batch * params.heads * (ragged ? params.k : params.capacity),
-             params.sources[i], params.outs[i]);
+    plan.add(params.batch * params.heads * (ragged ? params.k : params.capacity), params.sources[i],
+             params.outs[i]);
   }
   const auto on = static_cast<cudaStream_t>(stream);
   if (ragged) {

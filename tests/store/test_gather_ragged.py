@@ -77,7 +77,14 @@ def test_fuzz(data):
 def samples(device):
     index = uneven(2, 6, 12, 30, device)
     row_start, total = starts(index, 4)
-    return [([fill((2, 3, 30, 16), torch.bfloat16, device), fill((2, 6, 30), torch.float32, device)], index, row_start, total)]
+    return [
+        (
+            [fill((2, 3, 30, 16), torch.bfloat16, device), fill((2, 6, 30), torch.float32, device)],
+            index,
+            row_start,
+            total,
+        )
+    ]
 
 
 def wrong(**changes):
@@ -101,8 +108,14 @@ BAD = [
     Bad("no_tensors", wrong(tensors=several()), f"{NAME}: tensors must be 1 to 8 tensors, got 0"),
     Bad("batch", wrong(tensors=several(full(1, 3, 6, 4))), f"{NAME}: tensors must be of the batch of index (2)"),
     Bad("index_dtype", wrong(index=full(2, 3, 5, dtype=torch.int64)), f"{NAME}: index must be int32, got int64"),
-    Bad("index_heads", wrong(index=full(2, 4, 5, dtype=torch.int32)), f"{NAME}: index must be of a multiple of 3 heads"),
-    Bad("row_start", wrong(row_start=full(7, dtype=torch.int64)), f"{NAME}: row_start must be [batch * heads] (6), got 1D [7]"),
+    Bad(
+        "index_heads", wrong(index=full(2, 4, 5, dtype=torch.int32)), f"{NAME}: index must be of a multiple of 3 heads"
+    ),
+    Bad(
+        "row_start",
+        wrong(row_start=full(7, dtype=torch.int64)),
+        f"{NAME}: row_start must be [batch * heads] (6), got 1D [7]",
+    ),
     Bad("row_start_dtype", wrong(row_start=full(6, dtype=torch.int32)), f"{NAME}: row_start must be int64, got int32"),
     Bad("total", wrong(total=-1), f"{NAME}: total must be at least 0, got -1"),
 ]
