@@ -9,6 +9,7 @@ import typer
 import kvcompress
 from kvcompress.cli.demo import demo
 from kvcompress.cli.doctor import doctor
+from kvcompress.cli.eval import evaluate
 from kvcompress.cli.generate import generate
 from kvcompress.cli.methods import methods
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, methods, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

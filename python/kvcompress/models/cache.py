@@ -123,9 +123,18 @@ class CompressedCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def attend(
-        self, layer_idx: int, query: Tensor, rows: Rows | None, scale: float, attachment: Attachment | None
+        self,
+        layer_idx: int,
+        query: Tensor,
+        rows: Rows | None,
+        scale: float,
+        attachment: Attachment | None,
+        attended: Tensor | None = None,
     ) -> Tensor:
-        """The attention of a compressed layer, right after its `update`: ``[batch, num_q_heads, n, head_dim]``."""
+        """The attention of a compressed layer, right after its `update`: ``[batch, num_q_heads, n, head_dim]``.
+
+        `attended` is that output for a whole prompt that was read before (see `CompressedLayer.prompt`).
+        """
         layer = self._layer(layer_idx)
         inv_freq = self._needs(layer, attachment)
         self._waiting = None
@@ -133,7 +142,7 @@ class CompressedCache(Cache):
             self._begin(query.shape[2])
         if self._decoding:
             return layer.decode(query, rows, scale, inv_freq)
-        return layer.prompt(query, rows, scale, inv_freq, cut=self._cut)
+        return layer.prompt(query, rows, scale, inv_freq, cut=self._cut, attended=attended)
 
     def _layer(self, layer_idx: int) -> CompressedLayer:
         layer = self.layers[layer_idx]

@@ -129,13 +129,27 @@ class CompressedLayer(CacheLayerMixin):
         """Nothing was ever dropped."""
         return self.store is not None and self.store.lengths == self.store.seen
 
-    def prompt(self, query: Tensor, rows: Rows | None, scale: float, inv_freq: Tensor | None, *, cut: bool) -> Tensor:
-        """A forward of the prompt: attends in full, then stores everything, or what the cut leaves of it."""
+    def prompt(
+        self,
+        query: Tensor,
+        rows: Rows | None,
+        scale: float,
+        inv_freq: Tensor | None,
+        *,
+        cut: bool,
+        attended: Tensor | None = None,
+    ) -> Tensor:
+        """A forward of the prompt: attends in full, then stores everything, or what the cut leaves of it.
+
+        `attended` is what the attention of a first forward gives, where that is known; `query` may then be the last ones only.
+        """
         key, value, real = self._take(rows)
         self.softmax_scale, self._inv_freq, self.is_cut = scale, inv_freq, False
         if self.store is None:
             lengths = real or [key.shape[2]] * key.shape[0]
-            out = attend(query, key, value, softmax_scale=scale, starts=[key.shape[2] - n for n in lengths])
+            out = attended
+            if out is None:
+                out = attend(query, key, value, softmax_scale=scale, starts=[key.shape[2] - n for n in lengths])
             self._advance(key.shape[2], real)
             if cut:  # straight from the fresh K and V: the full ones are never copied
                 self._cut(key.detach(), value.detach(), query.detach(), lengths)

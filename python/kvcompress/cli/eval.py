@@ -1,0 +1,292 @@
+"""`kvcompress eval`: what methods cost a model, in answers, entries, bytes and time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvcompress.cli import choose
+from kvcompress.cli.console import fail, notes, print_json, results
+from kvcompress.cli.report import size
+
+if TYPE_CHECKING:
+    from kvcompress.evaluate import Candidate, Record, Sample
+
+__all__ = ["candidates", "evaluate", "load_records", "pick_samples", "table"]
+
+_BUNDLED = {2048: "tasks/shared_2048.jsonl.gz", 4096: "tasks/shared_4096.jsonl.gz"}
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Folder with config.json, or a hub id; kvc-mini if none.")] = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated; A+B runs B inside A; snapkv:window=16 sets parameters; all: every one."),
+    ] = "snapkv,streaming_llm",
+    budgets: Annotated[
+        str, typer.Option(help="Comma-separated: shares of the prompt (0.1) or entries (256).")
+    ] = "0.05,0.1,0.25,0.5",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated: FILE.jsonl[.gz], text:FILE, own generators or bundled tasks by name."),
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="Comma-separated tokens; 2048 if none is given.")] = None,
+    visible: Annotated[
+        bool, typer.Option("--question-visible", help="Compress context and question (query-aware).")
+    ] = False,
+    hidden: Annotated[
+        bool, typer.Option("--question-hidden", help="Compress the context alone, then ask (the default).")
+    ] = False,
+    both: Annotated[bool, typer.Option("--both", help="Both ways, side by side.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most questions a task and length (24; 0.. all: --all).")
+    ] = 24,
+    every: Annotated[bool, typer.Option("--all", help="All questions of the files.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Most questions on one context in one forward.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the generated questions.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto: the checkpoint's, float32 on the CPU.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="FILE.jsonl: one JSON line a question, method and mode.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds already.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="FILE.png: accuracy over entries, and needle depth x length.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="RUN_A RUN_B: two files of --out, sample by sample; runs nothing.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")] = False,
+) -> None:
+    """Measure what methods cost a model: answers right, entries and bytes kept, times."""
+    if plot is not None:
+        from kvcompress.cli.plot import require_matplotlib
+
+        require_matplotlib()
+    if compare is not None:
+        _compare(load_records(compare[0]), load_records(compare[1]), as_json)
+        return
+    if resume and out is None:
+        fail("--resume needs --out FILE", "give the file that the first go wrote")
+    if out is not None and out.exists() and not resume:
+        fail(f"--out {out} exists", "add --resume to go on with it, or give another file")
+    chosen = candidates(methods, budgets)
+    modes = [True, False] if both or (visible and hidden) else [visible]
+    on = choose.device(device)
+    path = model or str(choose.bundled("kvc-mini", "--model"))
+    loaded, tokenizer = choose.load_model(path, on, dtype)
+    asked = pick_samples(
+        tasks, lengths, tokenizer, limit=None if every else limit, seed=seed, bundled_model=model is None
+    )
+
+    from kvcompress.evaluate import evaluate as run
+    from kvcompress.evaluate.metrics import means, summarise
+
+    held = load_records(out) if resume and out is not None and out.exists() else []
+    wanted = {(str(c), c.budget, s.id, mode) for c in chosen for s in asked for mode in modes}
+    records = [r for r in held if r.key in wanted]
+    started = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    sink = None if out is None else out.open("a")
+    try:
+        with Progress(*columns, console=notes(), transient=True) as progress:
+            bar = progress.add_task("asking", total=len(wanted))
+            for record in run(
+                loaded, tokenizer, asked, chosen, question_visible=modes, batch=batch,
+                done={r.key for r in records}, on_step=lambda n: progress.advance(bar, n),
+            ):  # fmt: skip
+                records.append(record)
+                if sink is not None:
+                    sink.write(json.dumps(record.to_dict()) + "\n")
+                    sink.flush()
+    finally:
+        if sink is not None:
+            sink.close()
+    place = {key: i for i, key in enumerate((str(c), c.budget) for c in chosen)}
+    records.sort(key=lambda r: (not r.question_visible, r.length, place[r.parameters, r.budget]))
+    lines = means(records)
+    if plot is not None:
+        from kvcompress.cli.plot import draw_quality
+
+        draw_quality(plot, lines, records)
+    if as_json:
+        print_json(
+            {
+                "model": path,
+                "device": str(on),
+                "dtype": str(loaded.dtype).removeprefix("torch."),
+                "questions": len(asked),
+                "wall_s": time.perf_counter() - started,
+                "runs": summarise(records),
+                "means": lines,
+            }
+        )
+    else:
+        results().print(table(lines))
+
+
+def candidates(words: str, budgets: str) -> list[Candidate]:
+    """The full cache, and each method at each budget."""
+    from kvcompress import methods as registry
+    from kvcompress.evaluate import Candidate
+
+    names = [name.strip() for name in words.split(",") if name.strip()]
+    names = [other for name in names for other in (list(registry.available()) if name == "all" else [name])]
+    shares = [choose.parse_budget(text.strip()) for text in budgets.split(",")]
+    out = [Candidate("full", None)]
+    for name in dict.fromkeys(names):
+        method, *settings = name.split(":")
+        if method != "full":
+            out += [Candidate(name, choose.method(method, share, settings), share) for share in shares]
+    return out
+
+
+def pick_samples(
+    tasks: str | None, lengths: str | None, tokenizer: Any, *, limit: int | None, seed: int, bundled_model: bool
+) -> list[Sample]:
+    """The questions that the words name: files, texts, bundled tasks, generators."""
+    from kvcompress.evaluate import generators, read_samples
+    from kvcompress.evaluate.tasks import first
+    from kvcompress.evaluate.text import text_samples
+
+    try:
+        wanted = [int(text) for text in (lengths or "2048").split(",")]
+    except ValueError:
+        fail(f"--lengths {lengths} are not numbers", "give tokens, like 2048,4096")
+    sets = {n: choose.bundled(_BUNDLED[n], "--tasks FILE") for n in wanted if n in _BUNDLED} if bundled_model else {}
+    own = {n: read_samples(path) for n, path in sets.items()}
+    bundled = list(dict.fromkeys(sample.task for rows in own.values() for sample in rows))
+    named = [word.strip() for word in tasks.split(",")] if tasks else (bundled or generators.available())
+    out: list[Sample] = []
+    for word in named:
+        if word.startswith("text:"):
+            if not Path(word[5:]).is_file():
+                fail(f"--tasks {word}: no such file", "give text:FILE with a plain text file")
+            for length in wanted:
+                out += text_samples(Path(word[5:]), tokenizer, length=length, count=limit or 24)
+        elif word.endswith((".jsonl", ".jsonl.gz")):
+            if not Path(word).is_file():
+                fail(f"--tasks {word}: no such file", "give a FILE.jsonl or FILE.jsonl.gz as models/tasks describes")
+            try:
+                rows = read_samples(word)
+            except (ValueError, OSError, EOFError) as error:
+                fail(str(error), "each line is a JSON object with context, question, answer_prefix and answer")
+            out += [sample for sample in rows if lengths is None or sample.length in wanted]
+        elif word in bundled:
+            out += [sample for rows in own.values() for sample in rows if sample.task == word]
+            for length in set(wanted) - set(own):
+                if word in generators.available():
+                    out += generators.generate(word, tokenizer, length=length, count=limit or 24, seed=seed)
+        elif word in generators.available():
+            for length in wanted:
+                try:
+                    out += generators.generate(word, tokenizer, length=length, count=limit or 24, seed=seed)
+                except ValueError as error:
+                    fail(f"--tasks {word} --lengths {length}: {error}", "give a greater length")
+        else:
+            known = ", ".join([*bundled, *(name for name in generators.available() if name not in bundled)])
+            fail(f"no task is called {word!r}", f"choose among: {known}; or give FILE.jsonl[.gz] or text:FILE")
+    if not out:
+        fail("there is no question to ask", "check --tasks and --lengths against the lengths in the file")
+    return first(out, limit)
+
+
+def load_records(path: Path) -> list[Record]:
+    """The lines that --out wrote. A last line that was cut off is left out."""
+    from kvcompress.evaluate import Record
+
+    if not path.is_file():
+        fail(f"{path}: no such file", "give a file that `kvcompress eval --out` wrote")
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record.from_dict(json.loads(line)))
+        except (KeyError, TypeError, ValueError):
+            if number < len(lines):
+                fail(f"{path}: line {number} is no record", "give a file that `kvcompress eval --out` wrote")
+            path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    return records
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Means over tasks, one line a method, budget, length and mode."""
+    shown = Table(box=box.SIMPLE_HEAD, title="accuracy: mean over tasks, with its 95 % interval over contexts")
+    shown.caption = (
+        "question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not. "
+        "Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."
+    )
+    for heading in ("question", "tokens", "method", "budget", "accuracy", "95 %", "same as full", "KL", "entries", "bytes",
+                    "prefill", "decode"):  # fmt: skip
+        shown.add_column(heading, justify="left" if heading in ("question", "method") else "right", no_wrap=True)
+    last = None
+    for line in lines:
+        if last is not None and last != (line["question_visible"], line["length"]):
+            shown.add_section()
+        last = (line["question_visible"], line["length"])
+        prefill = None if line["prefill_s"] is None else line["prefill_s"] + line["compress_s"]
+        shown.add_row(
+            "visible" if line["question_visible"] else "hidden",
+            f"{line['prompt_tokens']:.0f}",
+            line["method"],
+            "" if line["method"] == "full" else f"{line['budget']}",
+            f"{100 * line['accuracy']:.1f}",
+            f"{100 * line['low']:.0f} – {100 * line['high']:.0f}",
+            f"{100 * line['agreement']:.1f}",
+            f"{line['kl']:.3f}",
+            f"{line['entries']:.0f} ({100 * line['kept']:.1f} %)",
+            size(line["bytes"]),
+            "" if prefill is None else f"{prefill:.2f} s",
+            "" if line["decode_s"] is None else f"{1000 * line['decode_s']:.1f} ms",
+        )
+    return shown
+
+
+def _compare(a: Sequence[Record], b: Sequence[Record], as_json: bool) -> None:
+    """Two files over the samples that both have: differences of accuracy, and how often they disagree."""
+    from kvcompress.evaluate.metrics import paired
+
+    lines = paired(a, b)
+    if not lines:
+        fail("the two files share no sample, budget and mode", "compare files of the same tasks and budgets")
+    if as_json:
+        print_json({"runs": lines})
+        return
+    shown = Table(box=box.SIMPLE_HEAD, title="B against A on the same samples")
+    for heading in (
+        "question",
+        "tokens",
+        "A",
+        "B",
+        "budget",
+        "n",
+        "A right",
+        "B right",
+        "B - A",
+        "95 %",
+        "gained",
+        "lost",
+    ):
+        shown.add_column(heading, justify="right")
+    for line in lines:
+        shown.add_row(
+            "visible" if line["question_visible"] else "hidden",
+            str(line["length"]),
+            line["a"],
+            line["b"],
+            str(line["budget"]),
+            str(line["n"]),
+            f"{100 * line['a_accuracy']:.1f}",
+            f"{100 * line['b_accuracy']:.1f}",
+            f"{100 * line['difference']:+.1f}",
+            f"{100 * line['low']:+.1f} … {100 * line['high']:+.1f}",
+            str(line["gained"]),
+            str(line["lost"]),
+        )
+    results().print(shown)

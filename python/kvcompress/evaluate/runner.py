@@ -1,0 +1,301 @@
+"""Runs questions against compressed caches and writes down what came of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompress.evaluate.reading import Reading, compress_directly, replayable
+from kvcompress.evaluate.tasks import Sample, Tokens, by_context, encode
+from kvcompress.methods import Method
+from kvcompress.models import CompressedCache, attach
+from kvcompress.when import EveryStep
+
+__all__ = ["Candidate", "Record", "evaluate"]
+
+_TIMED = 2  # samples of a candidate, length and mode that are timed: scored afresh and decoded token by token
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method at a budget, under the name that results carry. `method` None is the full cache."""
+
+    name: str
+    method: Method | None
+    budget: int | float = 1.0
+
+    def __str__(self) -> str:
+        return "full cache" if self.method is None else str(self.method)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question to one candidate.
+
+    Attributes:
+        method, parameters, budget: the candidate.
+        id, context_id, task, length, depth: the sample, see `Sample`.
+        question_visible: the prompt that was compressed held the question (query-aware). Figures of the two kinds are not
+            comparable.
+        right: greedy decoding gives exactly the answer's tokens.
+        tokens_right, tokens: of the answer, each after the right ones before it.
+        agreement: share of these tokens at which the full cache has the same first choice.
+        kl: mean over these tokens of KL(full || compressed), in nats.
+        prompt_tokens: tokens that were compressed.
+        entries: kept of them, the mean over layers and heads.
+        bytes: of the cache after the cut, without room for new tokens.
+        prefill_s, compress_s, decode_s: seconds to read the prompt, to compress it, and for each decoded token; None where
+            not measured.
+        scorer: what the choice was based on.
+    """
+
+    method: str
+    parameters: str
+    budget: int | float
+    id: str
+    context_id: str
+    task: str
+    length: int
+    depth: float | None
+    question_visible: bool
+    right: bool
+    tokens_right: int
+    tokens: int
+    agreement: float
+    kl: float
+    prompt_tokens: int
+    entries: float
+    bytes: int
+    prefill_s: float | None
+    compress_s: float | None
+    decode_s: float | None
+    scorer: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What was measured: two records with the same key are the same measurement."""
+        return (self.parameters, self.budget, self.id, self.question_visible)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Record:
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    candidates: Sequence[Candidate],
+    *,
+    question_visible: Sequence[bool] = (True, False),
+    batch: int = 4,
+    done: Set[tuple[Any, ...]] = frozenset(),
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Iterator[Record]:
+    """Asks every question of every candidate, context by context.
+
+    Visible: context and question are compressed, then ``answer_prefix`` and the answer follow. Hidden: the context alone is
+    compressed, and all its questions are asked on copies of the same cache. Positions go on from the uncompressed
+    length. The prompt attends in full, so it is read once and compressed by every candidate.
+
+    The answer is fed to the model in one pass, all of whose first choices must be right: for methods that cut once that is
+    the same as greedy decoding. Methods that evict while decoding are fed token by token.
+
+    Args:
+        model: a causal LM of transformers, in evaluation mode.
+        tokenizer: its tokenizer.
+        samples: questions; those of one context are worked on together.
+        candidates: methods with budgets.
+        question_visible: which of the two modes.
+        batch: most questions of a context in one forward (hidden mode).
+        done: keys of records that are there already.
+        on_step: is called with the number of measurements that were made or skipped.
+
+    Yields:
+        One `Record` a sample, candidate and mode.
+    """
+    direct = {c for c in candidates if c.method is not None and not replayable(c.method, model.config)}
+    clock = _Clock()
+    with attach(model), torch.inference_mode():
+        for group in by_context(samples):
+            todo = [
+                (visible, candidate, sample)
+                for visible in question_visible
+                for candidate in candidates
+                for sample in group
+                if _key(candidate, sample, visible) not in done
+            ]
+            on_step(len(group) * len(candidates) * len(question_visible) - len(todo))
+            if todo:
+                for records in _Context(model, tokenizer, group, candidates, direct, batch, clock).run(todo):
+                    yield from records
+                    on_step(len(records))
+
+
+def _key(candidate: Candidate, sample: Sample, visible: bool) -> tuple[Any, ...]:
+    return (str(candidate), candidate.budget, sample.id, visible)
+
+
+class _Clock:
+    """Which measurements are timed: the first ones of each kind."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Any, int] = {}
+
+    def take(self, candidate: Candidate, sample: Sample, visible: bool) -> bool:
+        key = (candidate, sample.length, visible)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key] <= _TIMED
+
+
+@dataclass
+class _Context:
+    """The work on one context."""
+
+    model: Any
+    tokenizer: Any
+    group: list[Sample]
+    candidates: Sequence[Candidate]
+    direct: Set[Candidate]
+    batch: int
+    clock: _Clock
+
+    def run(self, todo: Sequence[tuple[bool, Candidate, Sample]]) -> Iterator[list[Record]]:
+        self.encoded = {sample.id: encode(sample, self.tokenizer) for sample in self.group}
+        methods = [c.method for c in self.candidates if c.method is not None and c not in self.direct]
+        started = _now(self.model)
+        reading = Reading(self.model, self.encoded[self.group[0].id].context, methods)
+        self.read_s = _now(self.model) - started
+        mark = reading.mark()
+        self.full: dict[str, Tensor] = {}
+        for sample in {item[2].id: item[2] for item in todo}.values():
+            tokens = self.encoded[sample.id]
+            logits = reading.read([*tokens.question, *tokens.prefix, *tokens.answer[:-1]])
+            self.full[sample.id] = logits[-len(tokens.answer) :].float().log_softmax(-1)
+            reading.rewind(mark)
+
+        for candidate in self.candidates:
+            asked = [sample for visible, other, sample in todo if not visible and other is candidate]
+            evicts = candidate.method is not None and isinstance(candidate.method.stages().when, EveryStep)
+            while asked:
+                timed = self.clock.take(candidate, asked[0], False)
+                size = 1 if timed or evicts else self.batch
+                now, asked = asked[:size], asked[size:]
+                yield self._ask(reading, candidate, now, False, self.read_s, timed)
+        for sample in self.group:
+            waiting = [candidate for visible, candidate, other in todo if visible and other is sample]
+            if not waiting:
+                continue
+            started = _now(self.model)
+            if self.encoded[sample.id].question:
+                reading.read(self.encoded[sample.id].question)
+            read_s = self.read_s + _now(self.model) - started
+            for candidate in waiting:
+                timed = self.clock.take(candidate, sample, True)
+                yield self._ask(reading, candidate, [sample], True, read_s, timed)
+            reading.rewind(mark)
+
+    def _ask(
+        self, reading: Reading, candidate: Candidate, samples: list[Sample], visible: bool, read_s: float, timed: bool
+    ) -> list[Record]:
+        """Compresses what was read, and asks these questions on copies of it."""
+        started = _now(self.model)
+        if candidate in self.direct:
+            cache = compress_directly(self.model, reading.tokens, candidate.method)
+        else:
+            cache = reading.compress(candidate.method, fresh=timed)
+        compress_s = _now(self.model) - started
+        stats = cache.stats()
+        layers = [sum(layer.entries) / len(layer.entries) for layer in stats.layers]
+        entries, nbytes, scorer = sum(layers) / len(layers), stats.nbytes, stats.layers[0].scorer
+        encoded = [self.encoded[sample.id] for sample in samples]
+        if visible:
+            encoded = [Tokens(tokens.context, [], tokens.prefix, tokens.answer) for tokens in encoded]
+
+        decode_s = None
+        evicts = candidate.method is not None and not cache.layers[0].is_croppable
+        if timed or evicts:
+            assert len(encoded) == 1, "a cache that is decoded from answers one question"
+            one, decode_s = _step_by_step(self.model, cache, encoded[0])
+            logits = [one]
+        else:
+            logits = _at_once(self.model, cache, encoded)
+
+        records = []
+        for sample, tokens, own in zip(samples, encoded, logits):
+            truth = torch.tensor(tokens.answer, device=own.device)
+            full, logp = self.full[sample.id], own.float().log_softmax(-1)
+            right = int((logp.argmax(-1) == truth).sum())
+            records.append(
+                Record(
+                    method=candidate.name,
+                    parameters=str(candidate),
+                    budget=candidate.budget,
+                    id=sample.id,
+                    context_id=sample.context_id,
+                    task=sample.task,
+                    length=sample.length,
+                    depth=sample.depth,
+                    question_visible=visible,
+                    right=right == len(tokens.answer),
+                    tokens_right=right,
+                    tokens=len(tokens.answer),
+                    agreement=(logp.argmax(-1) == full.argmax(-1)).float().mean().item(),
+                    kl=max(0.0, F.kl_div(logp, full, reduction="batchmean", log_target=True).item()),
+                    prompt_tokens=len(reading.tokens),
+                    entries=entries,
+                    bytes=nbytes,
+                    prefill_s=read_s if timed else None,
+                    compress_s=compress_s if timed else None,
+                    decode_s=decode_s if timed else None,
+                    scorer=scorer,
+                )
+            )
+        return records
+
+
+def _at_once(model: Any, cache: CompressedCache, encoded: Sequence[Tokens]) -> list[Tensor]:
+    """Logits of each answer's tokens ``[n, vocabulary]``, all questions in one forward on copies of the cache."""
+    rows = [[*tokens.question, *tokens.prefix, *tokens.answer[:-1]] for tokens in encoded]
+    longest, seen = max(map(len, rows)), cache.stats().logical_tokens
+    if len(rows) > 1:
+        cache.batch_repeat_interleave(len(rows))
+    device = model.device
+    padding = [longest - len(row) for row in rows]
+    ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
+    order = torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
+    options: dict[str, Any] = {"position_ids": seen + order.clamp(min=0)}
+    if any(padding):
+        options["attention_mask"] = torch.cat([order.new_ones(len(rows), seen), (order >= 0).to(order.dtype)], 1)
+    keep = max(len(tokens.answer) for tokens in encoded)
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **options).logits
+    return [own[-len(tokens.answer) :] for own, tokens in zip(logits, encoded)]
+
+
+def _step_by_step(model: Any, cache: CompressedCache, tokens: Tokens) -> tuple[Tensor, float | None]:
+    """The same for one question, token by token, and the seconds that each token took."""
+
+    def step(ids: list[int]) -> Tensor:
+        given = torch.tensor([ids], device=model.device)
+        return model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
+
+    logits = [step([*tokens.question, *tokens.prefix])]
+    started = _now(model)
+    logits += [step([token]) for token in tokens.answer[:-1]]
+    spent = _now(model) - started
+    return torch.cat(logits), spent / (len(logits) - 1) if len(logits) > 1 else None
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

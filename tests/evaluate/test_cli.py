@@ -1,0 +1,119 @@
+"""`kvcompress eval` on a checkpoint with random weights: what it prints, writes, resumes, compares and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvcompress.cli import choose
+from tests.cli.conftest import refused, run  # noqa: F401
+
+RUN_KEYS = {
+    "method", "parameters", "budget", "task", "length", "question_visible", "accuracy", "low", "high", "n", "tokens_right",
+    "agreement", "kl", "entries", "kept", "bytes", "prompt_tokens", "prefill_s", "compress_s", "decode_s", "scorer",
+}  # fmt: skip
+
+
+@pytest.fixture
+def words(checkpoint):
+    return (
+        "eval", "--model", checkpoint, "--methods", "snapkv:window=8,streaming_llm", "--budgets", "0.25,100", "--tasks",
+        "niah_single,multi_turn", "--lengths", "1500", "--limit", "2", "--device", "cpu",
+    )  # fmt: skip
+
+
+def test_json(run, words):  # noqa: F811
+    result = run(*words, "--both", "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert set(shown) == {"model", "device", "dtype", "questions", "wall_s", "runs", "means"}
+    assert shown["questions"] == 4
+    assert len(shown["runs"]) == (1 + 2 * 2) * 2 * 2  # candidates x tasks x modes
+    for r in shown["runs"]:
+        assert set(r) == RUN_KEYS
+        assert r["n"] == 2
+        assert r["low"] <= r["accuracy"] <= r["high"]
+        if r["method"] == "full":
+            assert r["entries"] == r["prompt_tokens"]
+        elif r["budget"] == 100:
+            assert r["entries"] == 100
+            assert r["bytes"] == 3 * 2 * 100 * (2 * 16 * 4 + 4)  # layers x heads x entries x (K, V, position)
+        else:
+            assert abs(r["kept"] - 0.25) < 0.01
+    assert all(line["decode_s"] > 0 and line["prefill_s"] > 0 for line in shown["means"])  # the first samples are timed
+    snapkv = [r for r in shown["runs"] if r["method"] == "snapkv:window=8"]
+    assert "window=8" in snapkv[0]["parameters"]
+
+
+def test_table_plot_resume_and_compare(run, words, tmp_path):  # noqa: F811
+    out, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
+    result = run(*words, "--question-visible", "--out", out, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    for shown in ("full", "snapkv", "visible", "KL", "not comparable"):
+        assert shown in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    lines = out.read_text().splitlines()
+    assert len(lines) == 5 * 4
+
+    cut = tmp_path / "b.jsonl"
+    cut.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # a run that was ended in the middle of a line
+    result = run(*words, "--question-visible", "--out", cut, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert sum(r["n"] for r in json.loads(result.stdout)["runs"]) == 5 * 4
+
+    def verdicts(path):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return {(r["parameters"], r["budget"], r["id"]): (r["tokens_right"], r["entries"], r["bytes"]) for r in rows}
+
+    assert verdicts(cut) == verdicts(out)
+    assert len(cut.read_text().splitlines()) == 5 * 4
+
+    result = run("eval", "--compare", out, cut, "--json")
+    assert result.exit_code == 0, result.output
+    compared = json.loads(result.stdout)["runs"]
+    assert compared
+    assert all(line["difference"] == line["gained"] == line["lost"] == 0 for line in compared)
+
+
+def test_text_and_files(run, checkpoint, tmp_path):  # noqa: F811
+    (tmp_path / "t.txt").write_text("The grass is green. The sky is blue. " * 60)
+    line = {"context": "Key 7. " * 40, "question": "\nKey?", "answer_prefix": "\nAnswer:", "answer": "7"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(line) + "\n")
+    base = (
+        "eval",
+        "--model",
+        checkpoint,
+        "--methods",
+        "snapkv:window=8",
+        "--budgets",
+        "0.5",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    shown = json.loads(run(*base, "--tasks", f"text:{tmp_path / 't.txt'}", "--lengths", "400", "--limit", "2").stdout)
+    full, half = shown["runs"]
+    assert (full["task"], full["agreement"], full["n"]) == ("text:t.txt", 1, 2)
+    assert full["kl"] < half["kl"]
+    shown = json.loads(run(*base, "--tasks", tmp_path / "own.jsonl").stdout)
+    assert [r["task"] for r in shown["runs"]] == ["own", "own"]
+
+
+def test_bundled_model_by_default(run):  # noqa: F811
+    words = ("eval", "--methods", "snapkv", "--budgets", "0.5", "--tasks", "passkey", "--limit", "1", "--device", "cpu")
+    shown = json.loads(run(*words, "--json").stdout)
+    assert shown["model"] == str(choose.bundled("kvc-mini", "--model"))
+    assert shown["runs"][0]["accuracy"] == 1
+
+
+def test_refuses(refused, words, tmp_path):  # noqa: F811
+    base = words[:3]
+    assert "no task is called" in refused(*base, "--tasks", "nothing", "--device", "cpu")
+    assert "no method is called" in refused(*base, "--methods", "nothing")
+    assert "no such file" in refused(*base, "--tasks", "x.jsonl", "--device", "cpu")
+    assert "--resume needs --out" in refused(*base, "--resume")
+    (tmp_path / "a.jsonl").write_text("")
+    assert "exists" in refused(*base, "--out", tmp_path / "a.jsonl")
+    assert "no such file" in refused("eval", "--compare", tmp_path / "x", tmp_path / "a.jsonl")
+    assert "room" in refused(*base, "--tasks", "niah_multiquery", "--lengths", "90", "--device", "cpu")
