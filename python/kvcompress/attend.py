@@ -7,9 +7,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvcompress.decode import decode_attention
 
 __all__ = ["attend"]
 
+_LONG_PROMPT = (
+    8192  # tokens from which a cuDNN plan (20 - 60 ms, once a length) pays: measured 0.3 s saved at 32k on an H200
+)
+_ANY_BACKEND = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _MASK_ELEMENTS = 1 << 26  # a mask of many queries over many entries is made in blocks of at most 64 MiB
 
 
@@ -28,6 +40,8 @@ def attend(
     Row b's entries are the slots ``[starts[b], ends[b])``; its queries are the last ones of that row, so query i sees the
     slots ``[starts[b], ends[b] - (num_queries - 1 - i))``. A query that sees nothing (padding) gets zeros.
 
+    Up to 8 queries over entries that start at slot 0, so every decode step, go through `kvcompress.decode_attention`, all
+    else through torch's scaled_dot_product_attention (as do tensors that need gradients, and head dims that the op refuses).
     K and V are never copied or repeated for grouped queries, and a mask is made only where neither the shapes nor the bounds
     say the same: one query over rows of unequal length (``[batch, 1, 1, seq_len]``), or several queries behind older
     entries (``[num_queries, seq_len]``, in blocks).
@@ -51,6 +65,13 @@ def attend(
     batch, num_queries, seq_len = q.shape[0], q.shape[2], k.shape[2]
     starts = [0] * batch if starts is None else list(starts)
     ends = [seq_len] * batch if ends is None else list(ends)
+    if not any(starts) and _is_decode(q, k, v):
+        last = max(ends, default=seq_len)
+        if min(ends, default=last) == last:
+            device_ends = None
+        elif device_ends is None:
+            device_ends = torch.tensor(ends, dtype=torch.int32, device=q.device)
+        return decode_attention(q, k[:, :, :last], v[:, :, :last], lengths=device_ends, softmax_scale=softmax_scale)[0]
     if len(set(zip(starts, ends))) <= 1:
         first, last = (starts[0], ends[0]) if batch else (0, seq_len)
         return _equal_rows(q, k[:, :, first:last], v[:, :, first:last], softmax_scale)
@@ -68,6 +89,14 @@ def attend(
         one = slice(row, row + 1)
         out[one] = _equal_rows(q[one], k[one, :, first:last], v[one, :, first:last], softmax_scale)
     return out
+
+
+def _is_decode(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """A few queries, of what `decode_attention` takes: its own split over the entries, bounds on the device, no mask."""
+    head_dim = q.shape[3]
+    fits = q.shape[2] <= 8 and head_dim == v.shape[3] <= 256 and head_dim % 8 == 0 and head_dim > 0
+    differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return fits and q.dtype in (torch.float32, torch.float16, torch.bfloat16) and not differentiates
 
 
 def _equal_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -103,10 +132,13 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None, visible: Te
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """A whole prompt, without any mask."""
-    if q.shape[1] == k.shape[1]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if q.dtype != torch.float32 or q.device.type == "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    gqa = q.shape[1] != k.shape[1]
+    if not gqa or q.dtype != torch.float32 or q.device.type == "cpu":
+        # While attached, cuDNN is off for its plan a length; all layers of a long prompt share one, and it is the fastest.
+        if q.is_cuda and q.shape[2] >= _LONG_PROMPT:
+            with sdpa_kernel(_ANY_BACKEND):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     return _grouped(q, k, v, None, scale)  # no fused CUDA kernel takes float32 with enable_gqa
 
 

@@ -153,19 +153,24 @@ class DenseStore:
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         self._make_room(max((n + a for n, a in zip(self.lengths, added)), default=0))
-        steps = torch.arange(new, dtype=torch.int32, device=keys.device)
         if self.is_uniform and min(added, default=new) == new:
             span = slice(self.max_length, self.max_length + new)
             self.keys[:, :, span] = keys
             self.values[:, :, span] = values
-            if len(set(self.seen)) <= 1:
-                self.positions[:, :, span] = steps + (self.seen[0] if self.seen else 0)
+            first = self.seen[0] if self.seen else 0
+            if new == 1 and len(set(self.seen)) <= 1:
+                self.positions[:, :, span].fill_(first)  # the decode step: no tensor is made for it
+            elif len(set(self.seen)) <= 1:
+                steps = torch.arange(first, first + new, dtype=torch.int32, device=keys.device)
+                self.positions[:, :, span] = steps
             else:
+                steps = torch.arange(new, dtype=torch.int32, device=keys.device)
                 seen = torch.tensor(self.seen, dtype=torch.int32, device=keys.device)
                 self.positions[:, :, span] = (seen[:, None] + steps)[:, None]
             if self.scores is not None:
                 self.scores[:, :, span] = torch.inf
         else:
+            steps = torch.arange(new, dtype=torch.int32, device=keys.device)
             skipped = torch.tensor([new - a for a in added], dtype=torch.int32, device=keys.device)[:, None]
             seen = torch.tensor(self.seen, dtype=torch.int32, device=keys.device)[:, None]
             order = steps - skipped  # [batch, n]: -1 and below are padding
