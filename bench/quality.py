@@ -1,0 +1,220 @@
+"""The board: every method of the registry on kvc-mini, at four budgets, question visible and hidden, beside the peers' figures.
+
+    python bench/quality.py --jobs 2                 # measures; writes bench/results/quality_kvc_mini.json
+    python bench/quality.py --table                  # that file as the README's table
+    python bench/quality.py --plot board.png         # accuracy over entries kept
+
+It can be ended and started again: what was measured is kept in --records and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+KEEP = (0.5, 0.25, 0.1, 0.05)
+LIMITS = {1024: 24, 2048: 24, 4096: 12}  # first questions of each task: those of the peers' figures
+
+# Which of our settings is the method that a peer's figure stands for (kvpress 0.5.5, its defaults).
+PEERS = {
+    "snapkv": "snapkv:window=64:kernel_size=5:pool=avg:window_reduce=mean",
+    "snapkv_w16": "snapkv:window=16:kernel_size=5:pool=avg:window_reduce=mean",
+    "pyramidkv": "pyramidkv:window=64:kernel_size=5:pool=avg:window_reduce=mean:allocation=kvpress",
+    "tova": "tova:window=1",
+    "keydiff": "keydiff",
+    "knorm": "knorm:skip_layers=()",
+    "expected": "expected_attention",
+    "streaming": "streaming_llm:rolling=False",
+    "random": "random",
+    "lagkv": "lagkv",
+    "adakv_snapkv": "adakv",
+    "kvzip": "kvzip",
+}
+# Beside the defaults: settings that suit this model's short questions, and one of several methods together.
+MORE = ("squeeze_attention+snapkv:window=16", "zigzagkv+snapkv:window=16", "chunkkv:window=16", "obcache:window=16")
+
+
+def board(words: str | None) -> list[str]:
+    from kvcompress import methods
+
+    known = methods.available()
+    if words:
+        return words.split(",")
+    peers = [name for name in PEERS.values() if name.split(":")[0] in known]
+    return list(dict.fromkeys([*known, *peers, *MORE]))
+
+
+_worker: dict = {}
+
+
+def start(args: argparse.Namespace, threads: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvcompress.cli.eval import candidates
+
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    _worker["model"] = model.to(args.device).eval()
+    _worker["tokenizer"] = AutoTokenizer.from_pretrained(args.model)
+    budgets = ",".join(str(keep) for keep in args.keep)
+    _worker["candidates"] = candidates(",".join(board(args.methods)), budgets)
+
+
+def work(job: tuple) -> list[dict]:
+    from kvcompress.evaluate import evaluate
+
+    group, modes, done = job
+    found = evaluate(
+        _worker["model"], _worker["tokenizer"], group, _worker["candidates"], question_visible=modes, done=done
+    )
+    return [record.to_dict() for record in found]
+
+
+def measure(args: argparse.Namespace) -> dict:
+    from kvcompress.cli.eval import load_records
+    from kvcompress.evaluate import Record, read_samples
+    from kvcompress.evaluate.metrics import means
+    from kvcompress.evaluate.tasks import by_context, first
+
+    held = load_records(args.records) if args.records.exists() else []
+    groups = []
+    for length in args.lengths:
+        samples = read_samples(args.tasks / f"shared_{length}.jsonl.gz")
+        groups += by_context(first(samples, args.limit or LIMITS[length]))
+    modes = {"both": (True, False), "visible": (True,), "hidden": (False,)}[args.question]
+    done = {r.key for r in held}
+    jobs = [(group, modes, {key for key in done if key[2] in {s.id for s in group}}) for group in groups]
+    jobs.sort(key=lambda job: -job[0][0].length)
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    started = time.perf_counter()
+    with (
+        args.records.open("a") as sink,
+        multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool,
+    ):
+        for number, rows in enumerate(pool.imap_unordered(work, jobs), 1):
+            sink.writelines(json.dumps(row) + "\n" for row in rows)
+            sink.flush()
+            print(f"{number}/{len(jobs)} contexts, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    wall = time.perf_counter() - started
+    ids = {sample.id for group in groups for sample in group}
+    records = [r for r in map(Record.from_dict, map(json.loads, args.records.open())) if r.id in ids]
+    tasks: dict = {}
+    for r in records:
+        key = (r.method, r.budget, r.length, r.question_visible)
+        tasks.setdefault(key, {}).setdefault(r.task, []).append(r.right)
+    lines = means(records)
+    for line in lines:
+        own = tasks[line["method"], line["budget"], line["length"], line["question_visible"]]
+        line["tasks"] = {task: round(sum(right) / len(right), 4) for task, right in own.items()}
+        for name, value in line.items():
+            line[name] = round(value, 5) if isinstance(value, float) else value
+    order = {name: place for place, name in enumerate(["full", *board(args.methods)])}
+    lines.sort(key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"]))
+    return {"where": where(args), "resumed": bool(held), "wall_s": round(wall, 1), "lines": lines}
+
+
+def where(args: argparse.Namespace) -> dict:
+    import torch
+
+    cuda = str(args.device).startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"device": device, "jobs": args.jobs, "torch": torch.__version__, "dtype": "float32"}
+
+
+def peers() -> list[dict]:
+    path = RESULTS / "peers_kvc_mini.json"
+    return json.loads(path.read_text())["lines"] if path.exists() else []
+
+
+def table(result: dict, length: int) -> str:
+    """Markdown: methods in lines, share of the entries kept in columns, visible and hidden; a peer's figure in brackets."""
+    ours: dict = {}
+    for line in result["lines"]:
+        if line["length"] == length:
+            ours.setdefault(line["method"], {})[line["question_visible"], line["budget"]] = line
+    theirs = {(x["method"], x["question_visible"], x["keep"]): x["accuracy"] for x in peers() if x["length"] == length}
+    named = {words: peer for peer, words in PEERS.items()}
+    columns = [(visible, keep) for visible in (True, False) for keep in KEEP]
+    heads = [f"{'visible' if visible else 'hidden'} {100 * keep:.0f} %" for visible, keep in columns]
+    rows = ["| method | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(columns)]
+    for method, cells in ours.items():
+        shown = []
+        for visible, keep in columns:
+            line = cells.get((visible, 1.0 if method == "full" else keep))
+            text = "" if line is None else f"{100 * line['accuracy']:.1f}"
+            peer = theirs.get((named.get(method), visible, keep))
+            shown.append(text if peer is None else f"{text} ({100 * peer:.1f})")
+        name, *settings = method.split(":")
+        rows.append(f"| `{name}`{' ' + ', '.join(settings) if settings else ''} | " + " | ".join(shown) + " |")
+    for peer in dict.fromkeys(x["method"] for x in peers() if x["method"] not in ("full",)):
+        if PEERS.get(peer) not in ours:
+            cells = [theirs.get((peer, *column)) for column in columns]
+            shown = ["" if cell is None else f"({100 * cell:.1f})" for cell in cells]
+            rows.append(f"| {peer} of a peer | " + " | ".join(shown) + " |")
+    return "\n".join(rows)
+
+
+def behind(result: dict) -> list[str]:
+    """Where a peer's figure for the same method is above our interval."""
+    found = []
+    for x in peers():
+        for line in result["lines"]:
+            same = (line["method"], line["budget"], line["length"], line["question_visible"])
+            if (
+                same == (PEERS.get(x["method"]), x["keep"], x["length"], x["question_visible"])
+                and x["accuracy"] > line["high"]
+            ):
+                found.append(
+                    f"{same}: {100 * line['accuracy']:.1f} [{100 * line['high']:.1f}], peer {100 * x['accuracy']:.1f}"
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "models" / "kvc-mini"))
+    parser.add_argument(
+        "--tasks", type=Path, default=ROOT / "models" / "tasks", help="folder of shared_LENGTH.jsonl.gz"
+    )
+    parser.add_argument("--methods", help="comma-separated; default: the registry, peers' settings, some compositions")
+    parser.add_argument("--keep", type=float, nargs="*", default=list(KEEP))
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096])
+    parser.add_argument("--limit", type=int, help="questions a task (default: 24, at 4096 tokens 12)")
+    parser.add_argument("--question", choices=["both", "visible", "hidden"], default="both")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each holds the model")
+    parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--records", type=Path, default=RESULTS / "quality_kvc_mini.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality_kvc_mini.json")
+    parser.add_argument("--table", action="store_true", help="print --out as Markdown and end")
+    parser.add_argument("--plot", type=Path, help="draw --out and end")
+    args = parser.parse_args()
+    if not args.table and not args.plot:
+        result = measure(args)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{result['wall_s']:.0f} s for {sum(x['n'] for x in result['lines'])} measurements", file=sys.stderr)
+    result = json.loads(args.out.read_text())
+    if args.plot:
+        from kvcompress.cli.plot import draw_quality
+
+        draw_quality(args.plot, result["lines"], [])
+        return
+    for length in args.lengths:
+        if any(x["length"] == length for x in result["lines"]):
+            print(f"{length} tokens\n\n{table(result, length)}\n")
+    for line in behind(result):
+        print("behind the peer:", line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
