@@ -11,7 +11,7 @@ from kvcompress.cli.app import app
 @pytest.fixture
 def run(monkeypatch):
     """`run("methods", "--json")` -> result with exit_code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "500")  # no line of a table breaks
     runner = CliRunner()
     return lambda *words: runner.invoke(app, [str(word) for word in words])
 
