@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 ALLOWED = (
-    r"kvcompress/(?:[a-z_]+/)*[A-Za-z_]+\.py",
+    r"kvcompress/(?:[a-z_]+/)*[A-Za-z_0-9]+\.py",
     r"kvcompress/py\.typed",
     r"kvcompress/libkvcompress\.so",
     r"kvcompress/_C\.[\w-]+\.so",

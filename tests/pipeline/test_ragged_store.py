@@ -1,0 +1,151 @@
+"""RaggedStore against a list of entries for every row and head, and its attention against the dense one of each head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvcompress.ragged import RaggedStore
+
+HEADS, DIM = 3, 16
+
+
+def ragged_index(lengths, seq_len, counts, device):
+    """Random ascending picks among each row's real entries (the last ones), a count a head."""
+    index = torch.full((len(counts), HEADS, max(max(row) for row in counts) or 1), -1, dtype=torch.int32)
+    for b, row in enumerate(counts):
+        for h, n in enumerate(row):
+            index[b, h, :n] = torch.randperm(lengths[b])[:n].sort().values.int() + seq_len - lengths[b]
+    return index.to(device)
+
+
+def fresh(lengths, seq_len, counts, device, reserve=3):
+    keys, values = (torch.randn(len(lengths), HEADS, seq_len, DIM, device=device) for _ in range(2))
+    index = ragged_index(lengths, seq_len, counts, device)
+    store = RaggedStore.gathered(keys, values, index, counts, lengths, reserve=reserve)
+    entries = [
+        [
+            [(i - seq_len + lengths[b], keys[b, h, i], values[b, h, i]) for i in index[b, h, :n].tolist()]
+            for h, n in enumerate(row)
+        ]
+        for b, row in enumerate(counts)
+    ]
+    return store, entries
+
+
+def assert_holds(store, entries):
+    assert store.head_lengths == [[len(head) for head in row] for row in entries]
+    positions = store.padded_positions()
+    assert store.keys.isfinite().all()
+    state = store.state_dict()
+    flat = [entry for row in entries for head in row for entry in head]
+    assert state["positions"].tolist() == [p for p, _, _ in flat]
+    if flat:
+        assert torch.equal(state["keys"], torch.stack([k for _, k, _ in flat]))
+        assert torch.equal(state["values"], torch.stack([v for _, _, v in flat]))
+    for b, row in enumerate(entries):
+        for h, head in enumerate(row):
+            assert positions[b, h].tolist() == [p for p, _, _ in head] + [-1] * (positions.shape[2] - len(head))
+
+
+def add(entries, seen, keys, values, real):
+    new = keys.shape[2]
+    for b, n in enumerate(real):
+        for h, head in enumerate(entries[b]):
+            head += [(seen[b] + i, keys[b, h, new - n + i], values[b, h, new - n + i]) for i in range(n)]
+        seen[b] += n
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts"),
+    [([20, 20], [[5, 0, 12], [1, 20, 3]]), ([20, 7], [[20, 2, 9], [7, 1, 0]]), ([20], [[1, 1, 1]])],
+)
+def test_random_life(lengths, counts, device):
+    """Appends over several renewals of the room, cuts, crops and reorders leave exactly what a list would hold."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    store, entries = fresh(lengths, 20, counts, device)
+    seen = list(lengths)
+    assert_holds(store, entries)
+    for _ in range(40):
+        batch = store.batch
+        kind = int(torch.randint(0, 5, (1,), generator=generator))
+        if kind <= 2:
+            n = int(torch.randint(1, 6, (1,), generator=generator))
+            real = [n] * batch if kind else torch.randint(0, n + 1, (batch,), generator=generator).tolist()
+            keys, values = (torch.randn(batch, HEADS, n, DIM, device=device) for _ in range(2))
+            store.append(keys, values, real if kind == 0 else None)
+            add(entries, seen, keys, values, real)
+        elif kind == 3:
+            counts = [
+                [int(torch.randint(0, len(head) + 1, (1,), generator=generator)) for head in row] for row in entries
+            ]
+            index = torch.full((batch, HEADS, max(max(row) for row in counts) or 1), -1, dtype=torch.int32)
+            for b, row in enumerate(counts):
+                for h, n in enumerate(row):
+                    picked = torch.randperm(len(entries[b][h]), generator=generator)[:n].sort().values
+                    index[b, h, :n] = picked.int()
+                    entries[b][h] = [entries[b][h][i] for i in picked.tolist()]
+            store.keep(index.to(device), counts)
+        else:
+            order = torch.randint(0, batch, (batch,), generator=generator)
+            store.select_rows(order.to(device))
+            entries = [[list(head) for head in entries[i]] for i in order.tolist()]
+            seen = [seen[i] for i in order.tolist()]
+        assert store.seen == seen
+        assert_holds(store, entries)
+
+
+@pytest.mark.parametrize("new", [1, 5, 19])
+@pytest.mark.parametrize("group", [1, 4])
+def test_attends_each_head_over_its_own(new, group, device):
+    store, entries = fresh([30, 30], 30, [[30, 3, 11], [8, 1, 25]], device, reserve=64)
+    keys, values = (torch.randn(2, HEADS, new, DIM, device=device) for _ in range(2))
+    store.append(keys, values)
+    add(entries, [30, 30], keys, values, [new, new])
+    queries = torch.randn(2, HEADS * group, new, DIM, device=device)
+    out = store.attend(queries, softmax_scale=0.3)
+    for b in range(2):
+        for q_head in range(HEADS * group):
+            head = entries[b][q_head // group]
+            k, v = (torch.stack([e[i] for e in head]).double() for i in (1, 2))
+            mask = torch.ones(new, len(head), dtype=torch.bool, device=device).tril(len(head) - new)
+            expected = F.scaled_dot_product_attention(
+                queries[b, q_head].double()[None], k[None], v[None], attn_mask=mask, scale=0.3
+            )[0]
+            assert torch.allclose(out[b, q_head].double(), expected, atol=2e-6)
+
+
+def test_memory_is_the_heads_own(device):
+    """Ten entries here and a thousand there cost what they are, not heads times the longest."""
+    store, _ = fresh([1000], 1000, [[1000, 10, 10]], device, reserve=16)
+    entry = 2 * DIM * 4 + 4
+    assert store.nbytes <= (1020 + 3 * 16) * entry + 64
+    address = store.keys.data_ptr()
+    for _ in range(16):
+        store.append(*(torch.randn(1, HEADS, 1, DIM, device=device) for _ in range(2)))
+    assert store.keys.data_ptr() == address  # appended in place
+    index = torch.arange(5, dtype=torch.int32, device=device).expand(1, HEADS, 5)
+    store.keep(index, [[5, 5, 5]])
+    assert store.nbytes <= (15 + 3 * 16) * entry + 64
+
+
+def test_crop(device):
+    store, entries = fresh([20], 20, [[5, 9, 2]], device)
+    store.append(*(torch.randn(1, HEADS, 2, DIM, device=device) for _ in range(2)))
+    store.crop(2)
+    assert_holds(store, entries)
+    assert store.seen == [20]
+    with pytest.raises(
+        ValueError, match="RaggedStore.crop: tokens must be at most the shortest head's 2 entries, got 3"
+    ):
+        store.crop(3)
+
+
+def test_state_dict_round_trip(device):
+    store, entries = fresh([20, 7], 20, [[5, 9, 2], [7, 0, 1]], device)
+    store.targets = [6, 3]
+    copy = RaggedStore.from_state_dict(store.state_dict(), reserve=4)
+    assert_holds(copy, entries)
+    assert copy.targets == [6, 3]
+    assert copy.seen == [20, 7]
