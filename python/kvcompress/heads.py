@@ -76,8 +76,7 @@ class AdaptiveHeads:
         per_row = torch.stack([forced_counts[:, 0], free_counts[:, 0]], 1).tolist()
         base = [max(0, min(count - kept, left)) for count, (kept, left) in zip(counts, per_row)]
         if self.rounding == "safeguard":
-            won = self._safeguarded(scores, counts, per_row)
-            return [[int(n) for n in row] for row in won.tolist()]
+            return self._safeguarded(scores, counts, per_row).tolist()
         if self.normalise:
             candidates = self._normalised(candidates, base)
         won = counts_in_global_top(candidates, [heads * b for b in base]).tolist()
