@@ -75,7 +75,13 @@ def work(job: tuple) -> list[dict]:
 
     group, modes, done = job
     found = evaluate(
-        _worker["model"], _worker["tokenizer"], group, _worker["candidates"], question_visible=modes, done=done
+        _worker["model"],
+        _worker["tokenizer"],
+        group,
+        _worker["candidates"],
+        question_visible=modes,
+        done=done,
+        batch=16,
     )
     return [record.to_dict() for record in found]
 

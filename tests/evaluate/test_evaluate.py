@@ -142,7 +142,7 @@ def test_fed_answer_equals_greedy_decoding(mini, samples):
     tokens = [encode(s, tokenizer) for s in samples[-2:]]
     with attach(model), torch.inference_mode():
         reading = Reading(model, tokens[0].context, [method])
-        together = _at_once(model, reading.compress(method), tokens)
+        together = _at_once(model, [(reading.compress(method), own) for own in tokens])
         for one, own in zip(together, tokens):
             alone, _ = _step_by_step(model, reading.compress(method), own)
             assert torch.equal(one.argmax(-1), alone.argmax(-1))

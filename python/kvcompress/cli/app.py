@@ -11,7 +11,9 @@ from kvcompress.cli.demo import demo
 from kvcompress.cli.doctor import doctor
 from kvcompress.cli.eval import evaluate
 from kvcompress.cli.generate import generate
+from kvcompress.cli.inspect import inspect
 from kvcompress.cli.methods import methods
+from kvcompress.cli.tune import tune
 
 __all__ = ["app"]
 
@@ -37,7 +39,7 @@ Shrink the KV cache of a transformer LLM: score its entries, keep the best, free
 app = typer.Typer(
     help=_HELP, no_args_is_help=True, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False
 )
-for command in (demo, generate, methods, doctor):
+for command in (demo, generate, methods, inspect, tune, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

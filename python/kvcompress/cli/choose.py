@@ -44,10 +44,12 @@ def parameters(words: str) -> set[str]:
 
 
 def method(words: str, budget: int | float, settings: Sequence[str] = ()) -> Method | None:
-    """A method by its name, "squeeze_attention+snapkv" for one inside the other, None for "full".
+    """A method by its name, "squeeze_attention+snapkv" for one inside the other, "FILE.json" for a profile, None for "full".
 
     Each of `settings` is "key=value"; it goes to the outermost method that has such a parameter.
     """
+    if words.endswith(".json"):
+        return _profile(words, settings)
     chain, given = _chain(words), dict(_setting(text) for text in settings)
     unknown = given.keys() - parameters(words)
     if unknown:
@@ -65,6 +67,18 @@ def method(words: str, budget: int | float, settings: Sequence[str] = ()) -> Met
         except (TypeError, ValueError) as error:
             fail(str(error), f"`kvcompress methods {cls.name}` explains the parameters")
     return built
+
+
+def _profile(path: str, settings: Sequence[str]) -> Method:
+    """What `kvcompress tune` found; the budget is its own."""
+    if settings:
+        fail(f"--set {settings[0]}: the profile {path} has all its numbers", "edit the file, or name a method instead")
+    if not Path(path).is_file():
+        fail(f"--method {path}: no such file", "give a profile that `kvcompress tune --out` wrote")
+    try:
+        return methods.load_profile(path)
+    except ValueError as error:
+        fail(str(error), "give a profile that `kvcompress tune --out` wrote")
 
 
 def _chain(words: str) -> list[type[Method]]:

@@ -50,7 +50,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Most questions a task and length (24; 0.. all: --all).")
     ] = 24,
     every: Annotated[bool, typer.Option("--all", help="All questions of the files.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Most questions on one context in one forward.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Most caches and questions on one prompt in one forward.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the generated questions.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto: the checkpoint's, float32 on the CPU.")] = "auto",

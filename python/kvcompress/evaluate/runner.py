@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.cache import DenseStore
 from kvcompress.evaluate.reading import Reading, compress_directly, replayable
 from kvcompress.evaluate.tasks import Sample, Tokens, by_context, encode
 from kvcompress.methods import Method
 from kvcompress.models import CompressedCache, attach
+from kvcompress.models.layer import CompressedLayer
 from kvcompress.when import EveryStep
 
 __all__ = ["Candidate", "Record", "evaluate"]
@@ -97,7 +99,7 @@ def evaluate(
     candidates: Sequence[Candidate],
     *,
     question_visible: Sequence[bool] = (True, False),
-    batch: int = 4,
+    batch: int = 8,
     done: Set[tuple[Any, ...]] = frozenset(),
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Record]:
@@ -116,7 +118,7 @@ def evaluate(
         samples: questions; those of one context are worked on together.
         candidates: methods with budgets.
         question_visible: which of the two modes.
-        batch: most questions of a context in one forward (hidden mode).
+        batch: most rows (caches, questions) in one forward.
         done: keys of records that are there already.
         on_step: is called with the number of measurements that were made or skipped.
 
@@ -158,6 +160,28 @@ class _Clock:
 
 
 @dataclass
+class _Asked:
+    """Questions to one cache."""
+
+    candidate: Candidate
+    samples: list[Sample]
+    tokens: list[Tokens]
+    visible: bool
+    cache: CompressedCache
+    prompt_tokens: int
+    entries: float
+    nbytes: int
+    scorer: str
+    prefill_s: float | None
+    compress_s: float | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it must be decoded from token by token: to be timed, or because it evicts."""
+        return self.compress_s is not None or not self.cache.layers[0].is_croppable
+
+
+@dataclass
 class _Context:
     """The work on one context."""
 
@@ -183,102 +207,167 @@ class _Context:
             self.full[sample.id] = logits[-len(tokens.answer) :].float().log_softmax(-1)
             reading.rewind(mark)
 
+        waiting: list[_Asked] = []
+        rows = 0
+        for asked in self._compressed(reading, mark, todo):
+            if asked.alone:
+                one, decode_s = _step_by_step(self.model, asked.cache, asked.tokens[0])
+                yield self._records(asked, [one], decode_s)
+                continue
+            waiting.append(asked)
+            rows += len(asked.tokens)
+            if rows >= self.batch:
+                yield from self._flush(waiting)
+                waiting, rows = [], 0
+        yield from self._flush(waiting)
+
+    def _flush(self, waiting: Sequence[_Asked]) -> Iterator[list[Record]]:
+        """One forward for all that can share one: caches of the same prompt, of plain stores of as many heads."""
+        shared: dict[Any, list[_Asked]] = {}
+        for asked in waiting:
+            shared.setdefault(_kind(asked), []).append(asked)
+        for own in shared.values():
+            pairs = [(asked.cache, tokens) for asked in own for tokens in asked.tokens]
+            logits = _at_once(self.model, pairs)
+            for asked in own:
+                yield self._records(asked, logits[: len(asked.tokens)], None)
+                logits = logits[len(asked.tokens) :]
+
+    def _compressed(
+        self, reading: Reading, mark: Any, todo: Sequence[tuple[bool, Candidate, Sample]]
+    ) -> Iterator[_Asked]:
+        """Every cache that questions are put to: hidden ones first, then one a question."""
         for candidate in self.candidates:
-            asked = [sample for visible, other, sample in todo if not visible and other is candidate]
+            left = [sample for visible, other, sample in todo if not visible and other is candidate]
             evicts = candidate.method is not None and isinstance(candidate.method.stages().when, EveryStep)
-            while asked:
-                timed = self.clock.take(candidate, asked[0], False)
+            while left:
+                timed = self.clock.take(candidate, left[0], False)
                 size = 1 if timed or evicts else self.batch
-                now, asked = asked[:size], asked[size:]
-                yield self._ask(reading, candidate, now, False, self.read_s, timed)
+                now, left = left[:size], left[size:]
+                yield self._compress(reading, candidate, now, False, self.read_s, timed)
         for sample in self.group:
-            waiting = [candidate for visible, candidate, other in todo if visible and other is sample]
-            if not waiting:
+            asked = [candidate for visible, candidate, other in todo if visible and other is sample]
+            if not asked:
                 continue
             started = _now(self.model)
             if self.encoded[sample.id].question:
                 reading.read(self.encoded[sample.id].question)
             read_s = self.read_s + _now(self.model) - started
-            for candidate in waiting:
+            for candidate in asked:
                 timed = self.clock.take(candidate, sample, True)
-                yield self._ask(reading, candidate, [sample], True, read_s, timed)
+                yield self._compress(reading, candidate, [sample], True, read_s, timed)
             reading.rewind(mark)
 
-    def _ask(
+    def _compress(
         self, reading: Reading, candidate: Candidate, samples: list[Sample], visible: bool, read_s: float, timed: bool
-    ) -> list[Record]:
-        """Compresses what was read, and asks these questions on copies of it."""
+    ) -> _Asked:
+        """The cache of what was read, with the questions on it."""
         started = _now(self.model)
         if candidate in self.direct:
             cache = compress_directly(self.model, reading.tokens, candidate.method)
         else:
             cache = reading.compress(candidate.method, fresh=timed)
         compress_s = _now(self.model) - started
-        stats = cache.stats()
-        layers = [sum(layer.entries) / len(layer.entries) for layer in stats.layers]
-        entries, nbytes, scorer = sum(layers) / len(layers), stats.nbytes, stats.layers[0].scorer
         encoded = [self.encoded[sample.id] for sample in samples]
         if visible:
             encoded = [Tokens(tokens.context, [], tokens.prefix, tokens.answer) for tokens in encoded]
+        stats = cache.stats()
+        layers = [sum(layer.entries) / len(layer.entries) for layer in stats.layers]
+        return _Asked(
+            candidate=candidate,
+            samples=samples,
+            tokens=encoded,
+            visible=visible,
+            cache=cache,
+            prompt_tokens=len(reading.tokens),
+            entries=sum(layers) / len(layers),
+            nbytes=stats.nbytes,
+            scorer=stats.layers[0].scorer,
+            prefill_s=read_s if timed else None,
+            compress_s=compress_s if timed else None,
+        )
 
-        decode_s = None
-        evicts = candidate.method is not None and not cache.layers[0].is_croppable
-        if timed or evicts:
-            assert len(encoded) == 1, "a cache that is decoded from answers one question"
-            one, decode_s = _step_by_step(self.model, cache, encoded[0])
-            logits = [one]
-        else:
-            logits = _at_once(self.model, cache, encoded)
-
+    def _records(self, asked: _Asked, logits: Sequence[Tensor], decode_s: float | None) -> list[Record]:
         records = []
-        for sample, tokens, own in zip(samples, encoded, logits):
+        for sample, tokens, own in zip(asked.samples, asked.tokens, logits):
             truth = torch.tensor(tokens.answer, device=own.device)
             full, logp = self.full[sample.id], own.float().log_softmax(-1)
             right = int((logp.argmax(-1) == truth).sum())
             records.append(
                 Record(
-                    method=candidate.name,
-                    parameters=str(candidate),
-                    budget=candidate.budget,
+                    method=asked.candidate.name,
+                    parameters=str(asked.candidate),
+                    budget=asked.candidate.budget,
                     id=sample.id,
                     context_id=sample.context_id,
                     task=sample.task,
                     length=sample.length,
                     depth=sample.depth,
-                    question_visible=visible,
+                    question_visible=asked.visible,
                     right=right == len(tokens.answer),
                     tokens_right=right,
                     tokens=len(tokens.answer),
                     agreement=(logp.argmax(-1) == full.argmax(-1)).float().mean().item(),
                     kl=max(0.0, F.kl_div(logp, full, reduction="batchmean", log_target=True).item()),
-                    prompt_tokens=len(reading.tokens),
-                    entries=entries,
-                    bytes=nbytes,
-                    prefill_s=read_s if timed else None,
-                    compress_s=compress_s if timed else None,
-                    decode_s=decode_s if timed else None,
-                    scorer=scorer,
+                    prompt_tokens=asked.prompt_tokens,
+                    entries=asked.entries,
+                    bytes=asked.nbytes,
+                    prefill_s=asked.prefill_s,
+                    compress_s=asked.compress_s,
+                    decode_s=None if asked.compress_s is None else decode_s,
+                    scorer=asked.scorer,
                 )
             )
         return records
 
 
-def _at_once(model: Any, cache: CompressedCache, encoded: Sequence[Tokens]) -> list[Tensor]:
-    """Logits of each answer's tokens ``[n, vocabulary]``, all questions in one forward on copies of the cache."""
-    rows = [[*tokens.question, *tokens.prefix, *tokens.answer[:-1]] for tokens in encoded]
-    longest, seen = max(map(len, rows)), cache.stats().logical_tokens
-    if len(rows) > 1:
-        cache.batch_repeat_interleave(len(rows))
-    device = model.device
+def _kind(asked: _Asked) -> Any:
+    """What caches must have in common to be put into one batch; one that is not plain goes alone."""
+    shapes = []
+    for layer in asked.cache.layers:
+        store = getattr(layer, "store", None)
+        if type(store) is not DenseStore or store.extra:
+            return asked.cache
+        shapes.append(store.keys.shape[1])
+    return asked.prompt_tokens, tuple(shapes)
+
+
+def _at_once(model: Any, pairs: Sequence[tuple[CompressedCache, Tokens]]) -> list[Tensor]:
+    """Logits of each answer's tokens ``[n, vocabulary]``, a row for each cache and question, in one forward."""
+    rows = [[*tokens.question, *tokens.prefix, *tokens.answer[:-1]] for _, tokens in pairs]
+    longest, seen, device = max(map(len, rows)), pairs[0][0].get_seq_length(), model.device
+    cache = _stacked(model.config, [cache for cache, _ in pairs], longest)
     padding = [longest - len(row) for row in rows]
     ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
     order = torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
     options: dict[str, Any] = {"position_ids": seen + order.clamp(min=0)}
     if any(padding):
         options["attention_mask"] = torch.cat([order.new_ones(len(rows), seen), (order >= 0).to(order.dtype)], 1)
-    keep = max(len(tokens.answer) for tokens in encoded)
+    keep = max(len(tokens.answer) for _, tokens in pairs)
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **options).logits
-    return [own[-len(tokens.answer) :] for own, tokens in zip(logits, encoded)]
+    return [own[-len(tokens.answer) :] for own, (_, tokens) in zip(logits, pairs)]
+
+
+def _stacked(config: Any, caches: Sequence[CompressedCache], room: int) -> CompressedCache:
+    """Caches of the same prompt as the rows of one, with room for new tokens; nothing is evicted from it."""
+    if len(caches) == 1:
+        return caches[0]
+    out = CompressedCache(config)
+    for index, layer in enumerate(out.layers):
+        assert isinstance(layer, CompressedLayer)
+        own = [part for cache in caches if isinstance(part := cache.layers[index], CompressedLayer)]
+        stores = [part.store for part in own if part.store is not None]
+        longest = max(store.max_length for store in stores) + room
+        held = {}
+        for name in ("keys", "values", "positions"):
+            first = stores[0].tensors[name]
+            held[name] = first.new_zeros((len(stores), first.shape[1], longest, *first.shape[3:]))
+            for row, store in enumerate(stores):
+                held[name][row, :, : store.max_length] = store.tensors[name][0, :, : store.max_length]
+        lengths, seen = ([n for store in stores for n in getattr(store, name)] for name in ("lengths", "seen"))
+        layer.store = DenseStore(held["keys"], held["values"], held["positions"], lengths, seen=seen)
+        layer.columns, layer.prompt_over = own[0].columns, True
+    return out
 
 
 def _step_by_step(model: Any, cache: CompressedCache, tokens: Tokens) -> tuple[Tensor, float | None]:

@@ -6,10 +6,13 @@ Every module of this folder is imported on first use and registers itself; there
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from kvcompress.budget import Uniform
@@ -104,3 +107,44 @@ def inner_stages(outer: str, inner: Method | str, budget: int | float) -> Stages
     if not isinstance(stages.budget, Uniform):
         raise ValueError(f"{outer}: inner must be a method with equal layer budgets, got {method.name}")
     return replace(stages, budget=Uniform(budget))
+
+
+# --- profiles: a method with all its numbers in a file
+
+_FORMAT = "kvcompress profile 1"
+
+
+def save_profile(path: str | PathLike[str], method: Method, **about: Any) -> None:
+    """Writes a method with all its parameters, and what is known about it, as JSON that `load_profile` reads."""
+    profile = {"format": _FORMAT, "method": _spec(method), **about}
+    Path(path).write_text(json.dumps(profile, indent=2) + "\n")
+
+
+def load_profile(path: str | PathLike[str]) -> Method:
+    """The method of a profile, for instance one that `kvcompress tune` wrote.
+
+    Raises:
+        ValueError: another file, or a method or parameter that this version does not have.
+
+    Example:
+        >>> cache = CompressedCache(model.config, methods.load_profile("profile.json"))
+    """
+    try:
+        profile = json.loads(Path(path).read_text())
+    except ValueError:
+        profile = None
+    if not isinstance(profile, dict) or profile.get("format") != _FORMAT:
+        raise ValueError(f"load_profile: path must be a file of `kvcompress tune` ({_FORMAT}), got {path}")
+    return _built(profile["method"])
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, Method):
+        return {"name": value.name, "parameters": {f.name: _spec(getattr(value, f.name)) for f in fields(value)}}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"name", "parameters"}:
+        return create(value["name"], **{name: _built(own) for name, own in value["parameters"].items()})
+    return tuple(value) if isinstance(value, list) else value

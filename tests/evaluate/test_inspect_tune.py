@@ -1,0 +1,145 @@
+"""Attention error, `kvcompress inspect`, `kvcompress tune` and its profiles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kvcompress import methods
+from kvcompress.evaluate.fidelity import attention_error
+from kvcompress.evaluate.reading import Reading
+from kvcompress.evaluate.tune import SHARES, Point, pareto
+from kvcompress.models import attach
+from tests.cli.conftest import refused, run  # noqa: F401
+
+
+def test_attention_error_against_plain_softmax(random_model):
+    model, _ = random_model
+    ids, behind = list(range(3, 90)), [5, 9, 11]
+    method = methods.create("snapkv", budget=30, window=8)
+    with attach(model), torch.inference_mode():
+        reading = Reading(model, ids, [method], queries=len(behind))
+        cache, whole = reading.compress(method), reading.compress(None)
+        before = [t.clone() for t in reading.layer(1)[1:]]
+        errors = attention_error(reading, [cache, whole], behind)
+        assert all(torch.equal(a, b) for a, b in zip(before, reading.layer(1)[1:]))
+        assert errors.shape == (2, 3, 4)
+        assert errors[1].max() < 1e-5
+        assert errors[0].min() > 0
+        reading.read(behind)
+        queries, keys, values = (t[0].double() for t in reading.layer(2))
+        kept = cache.positions(2)[0]
+        for head in range(4):
+            q, k, v = queries[head, -3:], keys[head // 2], values[head // 2]
+            outs = []
+            for allowed in (set(range(len(ids))), set(kept[head // 2].tolist())):
+                logits = q @ k.T * 16**-0.5
+                for i in range(3):
+                    for j in range(len(ids) + 3):
+                        if (j < len(ids) and j not in allowed) or j > len(ids) + i:
+                            logits[i, j] = -torch.inf
+                outs.append(logits.softmax(-1) @ v)
+            wanted = (outs[0] - outs[1]).norm() / outs[0].norm()
+            assert abs(errors[0, 2, head] - wanted) < 1e-4
+
+
+def test_inspect(run, checkpoint, tmp_path):  # noqa: F811
+    words = (
+        "inspect",
+        "--model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--methods",
+        "snapkv:window=8,full",
+        "--budget",
+        "0.2",
+    )
+    result = run(*words, "--task", "passkey", "--length", "700", "--json")
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    cut, full = shown["runs"]
+    assert len(cut["error"]) == 3
+    assert len(cut["error"][0]) == 4
+    assert max(map(max, full["error"])) < 1e-5 < cut["mean_error"]
+    assert len(cut["positions"][0][0]) == cut["entries"][0] == shown["prompt_tokens"] // 5
+    (tmp_path / "t.txt").write_text("The grass is green. " * 40)
+    result = run(*words, "--prompt-file", tmp_path / "t.txt", "--plot", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    assert "error of each head" in result.stdout
+    assert (tmp_path / "p.png").exists()
+
+
+def test_tune_finds_the_border_and_its_profile_loads(run, tmp_path):  # noqa: F811
+    profile = tmp_path / "p.json"
+    words = ("tune", "--max-loss", "0.0", "--tasks", "passkey,niah_single", "--lengths", "600", "--limit", "2")
+    result = run(
+        *words, "--methods", "keydiff,streaming_llm:rolling=False", "--device", "cpu", "--out", profile, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown["found"]["loss"] <= 0
+    below = [p for p in shown["points"] if p["bytes"] < shown["found"]["bytes"]]
+    assert all(p["loss"] > 0 for p in below)
+    method = methods.load_profile(profile)
+    assert str(method) == shown["found"]["parameters"]
+    assert method.budget in SHARES
+    losses = [p["loss"] for p in shown["pareto"]]
+    assert losses == sorted(losses, reverse=True)
+    (tmp_path / "q.txt").write_text("The grass is green. " * 30)
+    base = (
+        "generate",
+        "--model",
+        shown["model"],
+        "--prompt-file",
+        tmp_path / "q.txt",
+        "--max-new-tokens",
+        "2",
+        "--json",
+    )
+    result = run(*base, "--method", profile, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["parameters"] == str(method)
+
+
+def test_nothing_under_the_bound(run, checkpoint):  # noqa: F811
+    words = (
+        "tune",
+        "--model",
+        checkpoint,
+        "--max-loss",
+        "0",
+        "--metric",
+        "kl",
+        "--methods",
+        "streaming_llm:rolling=False",
+    )
+    result = run(*words, "--tasks", "passkey", "--lengths", "500", "--limit", "1", "--device", "cpu", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["found"] is None
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_profiles_hold_every_method(name, tmp_path):
+    method = methods.create(name, budget=0.25)
+    methods.save_profile(tmp_path / "p.json", method, note=1)
+    assert methods.load_profile(tmp_path / "p.json") == method
+
+
+def test_other_files_are_no_profiles(tmp_path, refused):  # noqa: F811
+    for text in ("", "{}", "[1]"):
+        (tmp_path / "p.json").write_text(text)
+        with pytest.raises(ValueError, match="path must be a file of `kvcompress tune`"):
+            methods.load_profile(tmp_path / "p.json")
+    base = ("generate", "--model", ".", "--prompt", "a", "--method")
+    assert "no such file" in refused(*base, tmp_path / "other.json")
+
+
+def test_pareto():
+    def point(nbytes, loss):
+        return Point("", None, 0.1, loss, 1, 1, 1, 0.1, nbytes, 1)
+
+    points = [point(10, 0.5), point(5, 0.7), point(7, 0.9), point(20, 0.5), point(30, 0.0)]
+    assert [p.bytes for p in pareto(points)] == [5, 10, 30]
