@@ -1,4 +1,4 @@
-"""What a wheel may hold: the package's Python files, the two binaries, metadata. Prints its size."""
+"""What a wheel must hold and may hold: all Python files of the package, the two binaries, metadata. Prints its size."""
 
 import re
 import sys
@@ -12,12 +12,11 @@ ALLOWED = (
     r"kvcompress/_C\.[\w-]+\.so",
     r"kvcompress-[\w.]+\.dist-info/(?:METADATA|RECORD|WHEEL|entry_points\.txt|licenses/LICENSE)",
 )
-NEEDED = (
-    "kvcompress/__init__.py",
+PACKAGE = Path(__file__).parent.parent / "python"
+NEEDED = [
     "kvcompress/libkvcompress.so",
-    "kvcompress/methods/snapkv.py",
-    "kvcompress/cli/app.py",
-)
+    *(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")),
+]
 
 for path in map(Path, sys.argv[1:]):
     with zipfile.ZipFile(path) as wheel:
