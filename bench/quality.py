@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict:
             line[name] = round(value, 5) if isinstance(value, float) else value
     order = {name: place for place, name in enumerate(["full", *board(args.methods)])}
     lines.sort(key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"]))
-    return {"where": where(args), "resumed": bool(held), "wall_s": round(wall, 1), "lines": lines}
+    return {"where": where(args), "wall_s": None if held else round(wall, 1), "lines": lines}
 
 
 def where(args: argparse.Namespace) -> dict:
@@ -207,8 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table and not args.plot:
         result = measure(args)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{result['wall_s']:.0f} s for {sum(x['n'] for x in result['lines'])} measurements", file=sys.stderr)
+        rows = ",\n  ".join(json.dumps(line) for line in result.pop("lines"))
+        args.out.write_text(json.dumps(result, indent=1)[:-2] + f',\n "lines": [\n  {rows}\n ]\n}}\n')
     result = json.loads(args.out.read_text())
     if args.plot:
         from kvcompress.cli.plot import draw_quality
