@@ -9,20 +9,22 @@ import torch.nn.functional as F
 
 import kvcompress
 from bench.harness import Case
+from tests.cases import prompts
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    lengths = [8192] if quick or device.type == "cpu" else [8192, 32768, 131072]
-    for hidden in (4096, 8192):
-        for length in lengths:
-            size = length * hidden * 2
+    for batch, length in prompts(device, quick=quick):
+        for hidden in (4096, 8192):
+            if batch > 1 and length > 32768:
+                continue  # 17 GB a set
 
-            def make(length: int = length, hidden: int = hidden):
-                return [torch.randn(1, length, hidden, device=device, dtype=torch.bfloat16) for _ in range(2)]
+            def make(batch: int = batch, length: int = length, hidden: int = hidden):
+                return [torch.randn(batch, length, hidden, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
+            size = 2 * batch * length * hidden
             yield Case(
                 op="cosine_importance",
-                label=f"B1 S{length} hidden {hidden}",
+                label=f"B{batch} S{length} hidden {hidden}",
                 make=make,
                 variants={
                     "kvcompress": lambda x: kvcompress.cosine_importance(*x),
@@ -31,5 +33,6 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
                 },
                 read=2 * size,
                 footprint=2 * size,
-                params={"batch": 1, "seq_len": length, "hidden": hidden, "dtype": "bfloat16"},
+                core=batch == 1,
+                params={"batch": batch, "seq_len": length, "hidden": hidden, "dtype": "bfloat16"},
             )

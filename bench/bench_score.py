@@ -1,93 +1,132 @@
-"""Score ops, on a Llama-3.1-8B layer: 32 query heads, 8 kv heads, head_dim 128, bfloat16."""
+"""Score ops, on a Llama-3.1-8B layer in bfloat16, the GQA and head_dim sweep beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 import kvcompress
-from bench.harness import Case
+from bench import peers
+from bench.harness import Case, Work
+from tests.cases import LAYER, POOLS, WINDOWS, prompts
 
-Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+EAGER_KEYS = 2**18  # eager torch and kvpress write the map: GiBs beyond that
+COMPILED = {(1, 8192, 64), (1, 32768, 64), (1, 131072, 64), (8, 32768, 64)}  # (batch, seq_len, window); slow to compile
 
 
-def torch_scores(q: torch.Tensor, k: torch.Tensor, pool: str, kernel: int) -> torch.Tensor:
-    """The same numbers in eager torch without repeating K: materialises [B, Hkv, G * W, S]."""
-    batch, heads, window, dim = q.shape
-    length = k.shape[2]
-    group = heads // k.shape[1]
-    logits = q.reshape(batch, k.shape[1], group * window, dim) @ k.transpose(2, 3) * dim**-0.5
-    rows = torch.arange(window, device=q.device).repeat(group)
-    hidden = torch.arange(length, device=q.device) > length - window + rows[:, None]
-    votes = logits.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
-    votes = votes.view(batch, k.shape[1], group, window, length).sum(3).mean(2)[..., : length - window]
-    if pool == "avg":
-        return F.avg_pool1d(votes, kernel, 1, kernel // 2)
-    return F.max_pool1d(votes, kernel, 1, kernel // 2)
+def passes(batch: int, heads: int, rows: int, dim: int, length: int, item: int, *, lse: bool) -> list[Work]:
+    """K read once and all products and exponentials; without the log-sum-exp once more, then from the cache."""
+    keys = batch * heads * length * dim * item
+    work = {
+        "read": keys,
+        "flop": 2.0 * batch * heads * rows * dim * length,
+        "exponentials": batch * heads * rows * length,
+    }
+    return [Work(**work)] if lse else [Work(**work), Work(**{**work, "read": 0.0})]
+
+
+def gemm_alone(x, window: int, group: int):
+    """The products alone, by the best library of this machine: q of a kv head's group times all keys."""
+    q, k = x[0], x[1]
+    return q.view(k.shape[0], k.shape[1], group * window, -1) @ k.transpose(2, 3)
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    shapes = [(1, 8192), (1, 32768), (1, 131072), (8, 32768)]
-    if quick or device.type == "cpu":
-        shapes = [(1, 8192)]
-    compiled = torch.compile(torch_scores) if device.type == "cuda" and not quick else None
-    for batch, length in shapes:
-        for window in (32, 64):
-            for pool, kernel in (("avg", 5), ("max", 7)):
-                if pool == "max" and (batch, length) != shapes[0]:
-                    continue  # under 1 % from avg everywhere it was measured
-                key_bytes = batch * KV_HEADS * length * DIM * 2
-                rows = window * Q_HEADS // KV_HEADS
+    kvpress = peers.kvpress_window_scores()
+    compiled = peers.compiled_window_scores() if device.type == "cuda" and not quick else None
+    for batch, length in prompts(device, quick=quick):
+        for window in WINDOWS:
+            for pool, kernel in POOLS:
+                yield from prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled)
+    if device.type == "cuda":
+        yield from sweep(device)
+    else:
+        yield from float32_cases(device)
 
-                def make(batch: int = batch, length: int = length, window: int = window):
-                    q = torch.randn(batch, Q_HEADS, window, DIM, device=device, dtype=torch.bfloat16)
-                    k = torch.randn(batch, KV_HEADS, length, DIM, device=device, dtype=torch.bfloat16)
-                    lse = torch.full((batch, Q_HEADS, window), 10.0, device=device)
-                    return q, k, lse
 
-                options = {"pool": pool, "kernel_size": kernel}
-                variants = {"kvcompress": lambda x, o=options: kvcompress.window_scores(x[0], x[1], **o)}
-                if batch * length <= 2**18:  # eager materialises the map
-                    variants["torch eager"] = lambda x, p=pool, n=kernel: torch_scores(x[0], x[1], p, n)
-                if compiled is not None and batch * length <= 2**18:
-                    variants["torch.compile"] = lambda x, p=pool, n=kernel: compiled(x[0], x[1], p, n)
-                common = {
-                    "batch": batch,
-                    "seq_len": length,
-                    "window": window,
-                    "pool": pool,
-                    "kernel_size": kernel,
-                    "num_q_heads": Q_HEADS,
-                    "num_kv_heads": KV_HEADS,
-                    "head_dim": DIM,
-                    "dtype": "bfloat16",
-                }
-                flop = 2 * rows * DIM * batch * KV_HEADS * length
-                exponentials = rows * batch * KV_HEADS * length
-                # two passes: the second reads from L2 at best, computes all again
-                yield Case(
-                    "window_scores",
-                    f"B{batch} S{length} W{window} {pool}{kernel}",
-                    make,
-                    variants,
-                    read=key_bytes,
-                    flop=2 * flop,
-                    exponentials=2 * exponentials,
-                    footprint=key_bytes,
-                    params=common,
-                    notes="floor of two passes: matmul and exponentials twice, K read once",
-                )
-                yield Case(
-                    "window_scores, lse given",
-                    f"B{batch} S{length} W{window} {pool}{kernel}",
-                    make,
-                    {"kvcompress": lambda x, o=options: kvcompress.window_scores(x[0], x[1], lse=x[2], **o)},
-                    read=key_bytes,
-                    flop=flop,
-                    exponentials=exponentials,
-                    footprint=key_bytes,
-                    params=common,
-                    notes="floor of one pass",
-                )
+def inputs(device, batch, length, window, dtype=torch.bfloat16, layer=LAYER):
+    q = torch.randn(batch, layer.num_q_heads, window, layer.head_dim, device=device).to(dtype)
+    k = torch.randn(batch, layer.num_kv_heads, length, layer.head_dim, device=device, dtype=dtype)
+    return q, k, torch.full((batch, layer.num_q_heads, window), 10.0, device=device)
+
+
+def prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled) -> Iterator[Case]:
+    options = {"pool": pool, "kernel_size": kernel}
+    keys = batch * LAYER.num_kv_heads * length * LAYER.head_dim * 2
+    params = {"batch": batch, "seq_len": length, "window": window, **options, "dtype": "bfloat16"}
+    shape = (batch, LAYER.num_kv_heads, window * LAYER.q_per_kv, LAYER.head_dim, length, 2)
+    variants = {"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], **options)}
+    absent = {}
+    if batch * length <= EAGER_KEYS:
+        variants["torch"] = lambda x: peers.torch_window_scores(x[0], x[1], pool, kernel)
+        if isinstance(kvpress, str):
+            absent["kvpress"] = kvpress
+        elif pool == "avg":
+            variants["kvpress"] = lambda x: kvpress(x[0], x[1], pool, kernel)
+    else:
+        absent |= dict.fromkeys(("torch", "kvpress"), "writes the map: tens of GiB at this size")
+    if compiled is not None and (batch, length, window) in COMPILED and pool == "avg":
+        variants["torch.compile"] = lambda x: compiled(x[0], x[1], pool, kernel)
+    if device.type == "cpu":
+        variants["torch, product alone"] = lambda x: gemm_alone(x, window, LAYER.q_per_kv)
+    for lse in (False, True):
+        ours = {"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], lse=x[2], **options)} if lse else variants
+        yield Case(
+            op="window_scores, lse given" if lse else "window_scores",
+            label=f"B{batch} S{length} W{window} {pool}{kernel}",
+            make=lambda: inputs(device, batch, length, window),
+            variants=ours,
+            passes=passes(*shape, lse=lse),
+            footprint=keys,
+            graph=True,
+            core=True,
+            absent={} if lse else absent,
+            notes="one pass" if lse else "two passes, the second from L2",
+            params=params,
+        )
+
+
+def float32_cases(device) -> Iterator[Case]:
+    length = 8192
+    for window in WINDOWS:
+        yield Case(
+            op="window_scores",
+            label=f"B1 S{length} W{window} avg5 float32",
+            make=lambda window=window: inputs(device, 1, length, window, torch.float32),
+            variants={
+                "kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], pool="avg", kernel_size=5),
+                "torch": lambda x: peers.torch_window_scores(x[0], x[1], "avg", 5),
+                "torch, product alone": lambda x, window=window: gemm_alone(x, window, LAYER.q_per_kv),
+            },
+            passes=passes(1, LAYER.num_kv_heads, window * LAYER.q_per_kv, LAYER.head_dim, length, 4, lse=False),
+            footprint=LAYER.num_kv_heads * length * LAYER.head_dim * 4,
+            core=True,
+            params={"batch": 1, "seq_len": length, "window": window, "dtype": "float32"},
+        )
+
+
+def sweep(device) -> Iterator[Case]:
+    """64 MiB of keys each time: no head_dim and no group may cost more than twice what the best one does."""
+    length, window = 32768, 32
+    for dim, heads, group, dtype in [
+        *[(d, 1024 // d, 4, torch.bfloat16) for d in (64, 80, 96, 112, 128, 192, 256, 136)],
+        *[(128, 8, g, torch.bfloat16) for g in (1, 2, 3, 7, 8, 16)],
+        (128, 8, 4, torch.float16),
+        (128, 4, 4, torch.float32),
+    ]:
+        item = torch.empty(0, dtype=dtype).element_size()
+
+        def make(dim=dim, heads=heads, group=group, dtype=dtype):
+            q = torch.randn(1, heads * group, window, dim, device=device).to(dtype)
+            return q, torch.randn(1, heads, length, dim, device=device, dtype=dtype)
+
+        yield Case(
+            op="window_scores, sweep",
+            label=f"{heads} x {group} heads, head_dim {dim}, {str(dtype).removeprefix('torch.')}",
+            make=make,
+            variants={"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], pool="avg", kernel_size=5)},
+            passes=passes(1, heads, window * group, dim, length, item, lse=False),
+            footprint=heads * length * dim * item,
+            params={"heads": heads, "q_per_kv": group, "head_dim": dim, "seq_len": length, "window": window},
+        )

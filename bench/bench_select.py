@@ -7,37 +7,47 @@ from collections.abc import Iterator
 import torch
 
 import kvcompress
+from bench import peers
 from bench.harness import Case
+from tests.cases import LAYER, SCORES, TOPK_ROWS, budgets
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    shapes = [(8, 8192), (8, 32768), (8, 131072), (64, 32768), (64, 131072), (256, 32768)]
-    if quick or device.type == "cpu":
-        shapes = [(8, 8192), (8, 32768)]
-    try:
-        import flashinfer
-    except ImportError:
-        flashinfer = None
+    flashinfer = peers.flashinfer_topk()
+    shapes = TOPK_ROWS[:2] if quick or device.type == "cpu" else TOPK_ROWS
     for rows, length in shapes:
-        for k in (1024, length // 4):
+        for k in budgets(length):
+            yield topk_case(device, rows, length, k, "random", flashinfer)
+    for kind in SCORES:
+        if kind != "random":
+            yield topk_case(device, 8, 32768, 8192, kind, flashinfer)
+            if device.type == "cuda" and not quick:
+                yield topk_case(device, 64, 131072, 1024, kind, flashinfer)
 
-            def make(rows: int = rows, length: int = length):
-                return torch.randn(rows // 8, 8, length, device=device)
 
-            variants = {
-                "kvcompress": lambda x, k=k: kvcompress.topk(x, k),
-                "torch.topk (unordered)": lambda x, k=k: torch.topk(x, k, dim=-1, sorted=False).indices,
-                "torch.topk + sort": lambda x, k=k: torch.topk(x, k, dim=-1, sorted=False).indices.sort(-1).values,
-            }
-            if flashinfer is not None:
-                variants["flashinfer.top_k (unordered)"] = lambda x, k=k: flashinfer.top_k(x.flatten(0, 1), k)
-            size = 4 * rows * length
-            yield Case(
-                "topk",
-                f"rows {rows} S{length} k {k}",
-                make,
-                variants,
-                read=size + 4 * rows * k,
-                footprint=size,
-                params={"rows": rows, "seq_len": length, "k": k},
-            )
+def topk_case(device: torch.device, rows: int, length: int, k: int, kind: str, flashinfer: object) -> Case:
+    variants = {
+        "kvcompress": lambda x: kvcompress.topk(x, k),
+        "torch.topk (any order)": lambda x: torch.topk(x, k, dim=-1, sorted=False).indices,
+        "torch.topk + sort": lambda x: torch.topk(x, k, dim=-1, sorted=False).indices.sort(-1).values,
+    }
+    absent = {}
+    if isinstance(flashinfer, str):
+        absent["flashinfer"] = flashinfer
+    elif device.type == "cuda":
+        variants["flashinfer.top_k (any order)"] = lambda x: flashinfer(x, k)
+    else:
+        absent["flashinfer"] = "has no CPU form"
+    return Case(
+        op="topk",
+        label=f"rows {rows} S{length} k {k}" + ("" if kind == "random" else f", {kind}"),
+        make=lambda: SCORES[kind]((rows // LAYER.num_kv_heads, LAYER.num_kv_heads, length), device),
+        variants=variants,
+        read=4 * rows * length,
+        written=4 * rows * k,
+        footprint=4 * rows * length,
+        graph=True,
+        core=True,
+        absent=absent,
+        params={"rows": rows, "seq_len": length, "k": k, "scores": kind},
+    )

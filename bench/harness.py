@@ -1,60 +1,83 @@
-"""Timing that can be believed: cold L2, variants interleaved, medians over rounds, ceilings measured in the same run."""
+"""Timing that can be believed: cold caches, variants interleaved, medians over rounds, floors from measured ceilings."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-Variant = Callable[[int], object]  # called with the number of the input copy to work on
+from bench.ceilings import Ceilings, cache_bytes, sync
+
+Variant = Callable[[object], object]  # called with one set of inputs
+
+MAX_COPIES = 24  # sets of inputs that take turns within a round
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass over the data must do at least: bytes moved, products, exponentials.
+
+    Bytes count each input read once and each output written once. `cached`: the pass reads what the pass before it
+    has just read, so as far as it fits the cache it comes from there.
+    """
+
+    read: float = 0.0
+    written: float = 0.0
+    flop: float = 0.0
+    exponentials: float = 0.0
+    cached: bool = False
+
+    def floor(self, limit: Ceilings) -> float:
+        """Seconds that no implementation beats."""
+        if self.cached and self.read <= limit.cache_bytes:
+            moving = self.read / limit.cache_read
+        elif self.written > 0.1 * self.read:
+            moving = (self.read + self.written) / limit.copy
+        else:
+            moving = self.read / limit.read
+        return max(moving, self.flop / limit.matmul, self.exponentials / limit.exp)
 
 
 @dataclass
 class Case:
     """One row of a table: what is measured, what it must move and compute, and who does it.
 
-    `make(copy)` builds one set of inputs; `variants` take that set. Bytes count each input read once and each output
-    written once; the floor is the largest of bytes, FLOP and exponentials over their measured ceilings.
+    `make()` builds one set of inputs; `variants` take that set, ours are named "kvcompress...". The floor is the sum over
+    `passes`, or what the one pass `read`, `written`, `flop`, `exponentials` costs.
     """
 
-    op: str
+    op: str  # a registered op, or several, "compact_, gather"; what follows may be words: "window_scores, lse given"
     label: str
     make: Callable[[], object]
-    variants: dict[str, Callable[[object], object]]
+    variants: dict[str, Variant]
     read: float = 0.0
     written: float = 0.0
     flop: float = 0.0
     exponentials: float = 0.0
-    footprint: float = 0.0  # bytes of one set of inputs; enough copies are made to leave L2
-    restore: Callable[[object], None] | None = None  # undoes an in-place op, outside the timing
+    passes: Sequence[Work] = ()
+    footprint: float = 0.0  # bytes of one set of inputs; bounds the number of sets
+    restore: Callable[[object], None] | None = None  # undoes an in-place op, outside the timing: one call a round
+    tests: Sequence[str] = ()  # ops whose tests must pass; by default those named in `op`
+    graph: bool = False  # ours are also timed inside a CUDA graph
+    core: bool = False  # belongs to the table of the core ops
+    absent: dict[str, str] = field(default_factory=dict)  # peer: why it is not measured
     notes: str = ""
     params: dict[str, object] = field(default_factory=dict)
 
+    def floor(self, limit: Ceilings) -> float:
+        work = self.passes or [Work(self.read, self.written, self.flop, self.exponentials)]
+        return sum(one.floor(limit) for one in work)
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches, measured here: bytes/s read, bytes/s copied (read + written), FLOP/s, exponentials/s."""
-
-    read: float
-    copy: float
-    matmul: float
-    exp: float
-
-    def floor(self, case: Case) -> float:
-        """Seconds that no implementation beats."""
-        if case.written and case.read:
-            moving = (case.read + case.written) / self.copy if case.written > 0.1 * case.read else case.read / self.read
-        else:
-            moving = case.read / self.read
-        return max(moving, case.flop / self.matmul, case.exponentials / self.exp)
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def tested_ops(self) -> list[str]:
+        """The ops whose tests vouch for this case."""
+        if self.tests:
+            return list(self.tests)
+        names = [name.strip() for name in self.op.split(",")]
+        return [name for name in names if hasattr(torch.ops.kvcompress, name)]
 
 
 def once(run: Callable[[], object], device: torch.device, inner: int) -> float:
@@ -74,59 +97,93 @@ def once(run: Callable[[], object], device: torch.device, inner: int) -> float:
     return (time.perf_counter() - begin) / inner
 
 
-def ceilings(device: torch.device) -> Ceilings:
-    """A large copy, a large sum, a large bf16 (CPU: float32) matrix product, many exponentials."""
-    cuda = device.type == "cuda"
-    size = 2**29 if cuda else 2**25
-    x = torch.randn(size, device=device)
-    y = torch.empty_like(x)
-    n = 8192 if cuda else 2048
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    small = x[: 2**22]
-    out = torch.empty_like(small)
+class Flush:
+    """Fills the last-level cache with clean lines that nobody asks for, so that what follows reads from memory."""
 
-    def best(run: Callable[[], object], inner: int) -> float:
-        run()
-        sync(device)
-        return min(once(run, device, inner) for _ in range(7))
+    def __init__(self, device: torch.device, limit_bytes: float):
+        self.buffer = torch.zeros(int(3 * limit_bytes) // 4, device=device)
 
-    copy = 8 * size / best(lambda: y.copy_(x), 3)
-    read = 4 * size / best(lambda: torch.sum(x), 3)
-    matmul = 2 * n**3 / best(lambda: a @ a, 5)
-    # MUFU rate: 16 a clock and SM on Hopper and Ampere; on CPU what torch's vectorised exp2 reaches
-    if cuda:
-        properties = torch.cuda.get_device_properties(device)
-        clock = torch.cuda.clock_rate(device) * 1e6 if hasattr(torch.cuda, "clock_rate") else 1.755e9
-        exp = 16 * properties.multi_processor_count * max(clock, 1.0e9)
-    else:
-        exp = small.numel() / best(lambda: torch.exp2(small, out=out), 3)
-    return Ceilings(max(read, copy / 2), copy, matmul, exp)
+    def __call__(self) -> None:
+        self.buffer.sum()
 
 
-def measure(case: Case, device: torch.device, *, rounds: int = 15) -> dict[str, dict[str, float]]:
-    """Median, spread (quartiles) of each variant in seconds, variants interleaved round by round."""
-    l2 = 128e6 if device.type == "cuda" else 64e6
-    copies = max(2, min(24, int(l2 / max(case.footprint, 1)) + 2))
-    sets = [case.make() for _ in range(copies)]
-    times: dict[str, list[float]] = {name: [] for name in case.variants}
-    for run in case.variants.values():  # warm up on like data
-        for inputs in sets[:2]:
-            run(inputs)
-            if case.restore:
-                case.restore(inputs)
-    sync(device)
-    for _ in range(rounds):
+class Runner:
+    """A case set up to be measured: its inputs made, its variants warm."""
+
+    def __init__(self, case: Case, device: torch.device, *, warm: bool = False):
+        self.case, self.device, self.warm = case, device, warm
+        cold = 2 * cache_bytes(device)
+        wanted = 1 if warm else math.ceil(cold / max(case.footprint, 1)) + 1
+        self.inner = 1 if case.restore else min(MAX_COPIES, max(2, wanted))
+        self.sets = [case.make() for _ in range(1 if warm else min(MAX_COPIES, max(2, wanted)))]
+        self.flush = None if warm else Flush(device, cache_bytes(device))
+        self.turn = 0
+        self.variants: dict[str, Variant] = {}
+        self.failed: dict[str, str] = {}
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         for name, run in case.variants.items():
-            turn = iter(range(10**9))
-            inner = copies if case.restore is None else 1
-            if case.restore is None:
-                times[name].append(once(lambda run=run, turn=turn: run(sets[next(turn) % copies]), device, inner))
-            else:
-                pick = sets[len(times[name]) % copies]
-                times[name].append(once(lambda run=run, pick=pick: run(pick), device, 1))
-                case.restore(pick)
-    table = {}
-    for name, samples in times.items():
-        quartiles = statistics.quantiles(samples, n=4)
-        table[name] = {"median": statistics.median(samples), "low": quartiles[0], "high": quartiles[2]}
-    return table
+            try:
+                for inputs in self.sets[:2]:
+                    run(inputs)
+                    if case.restore:
+                        case.restore(inputs)
+                sync(device)
+            except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+                self.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
+            self.variants[name] = run
+            if case.graph and device.type == "cuda" and name.startswith("kvcompress"):
+                self.graphs[f"{name}, in a graph"] = self._capture(run)
+
+    def _capture(self, run: Variant) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for inputs in self.sets[: self.inner]:
+                run(inputs)
+        return graph
+
+    def names(self) -> list[str]:
+        return [*self.variants, *self.graphs]
+
+    def time(self, name: str) -> float:
+        """Seconds a call of one variant, over one round: every set of inputs once, each cold."""
+        if self.flush:
+            self.flush()
+        if name in self.graphs:
+            return once(self.graphs[name].replay, self.device, 1) / self.inner
+        run = self.variants[name]
+
+        def call() -> None:
+            run(self.sets[self.turn % len(self.sets)])
+            self.turn += 1
+
+        seconds = once(call, self.device, self.inner)
+        if self.case.restore:
+            self.case.restore(self.sets[(self.turn - 1) % len(self.sets)])
+        return seconds
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and best of the rounds, in seconds."""
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return {
+        "median": statistics.median(samples),
+        "low": quartiles[0],
+        "high": quartiles[2],
+        "best": min(samples),
+    }
+
+
+def warmed(case: Case) -> Case:
+    """The case with all its reads from the cache, as far as they fit it."""
+    passes = case.passes or [Work(case.read, case.written, case.flop, case.exponentials)]
+    return replace(case, passes=[replace(one, cached=True) for one in passes])
+
+
+def chosen(cases: Iterable[Case], op: str | None, label: str | None, core: bool) -> list[Case]:
+    """The cases asked for."""
+    return [
+        case
+        for case in cases
+        if (op is None or op in case.op) and (label is None or label in case.label) and (case.core or not core)
+    ]

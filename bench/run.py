@@ -1,106 +1,224 @@
-"""Kernels against torch and against the floor of this machine: `python bench/run.py --help`."""
+"""Kernels and methods against torch, against other libraries and against the floor of this machine.
+
+    python bench/run.py --op topk                 one op
+    python bench/run.py --stage score             one stage
+    python bench/run.py --method snapkv           one method, all its stages
+    python bench/run.py --core --save             the table of the core ops into bench/results/<device>_core.json
+    python bench/run.py --op topk --base main~5   this tree beside another state of it, turn by turn
+
+Every case runs the tests of its op first and reports nothing when one fails. Inputs rotate and the cache is flushed
+before every round; the floor is what the bytes, products and exponentials of a case cost at the rates measured in the
+same run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib
+import importlib.util
+import inspect
 import json
+import os
 import pkgutil
-import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench
 import kvcompress
-from bench.harness import ceilings, measure
+from bench import base, report
+from bench.ceilings import ceilings, device_name
+from bench.harness import Case, Runner, chosen, summary, warmed
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def stages() -> list[str]:
-    return sorted(
-        m.name.removeprefix("bench_") for m in pkgutil.iter_modules(bench.__path__) if m.name.startswith("bench_")
-    )
+    names = (module.name for module in pkgutil.iter_modules(bench.__path__))
+    return sorted(name.removeprefix("bench_") for name in names if name.startswith("bench_"))
 
 
-def tests_pass(stage: str, device: str) -> bool:
-    """A figure of wrong results is no figure: the stage's own tests come first."""
-    root = Path(__file__).parent.parent
-    marker = ["-m", "cuda"] if device == "cuda" else ["-m", "not cuda"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *marker, f"tests/{stage}"]
-    return subprocess.run(command, cwd=root, stdout=sys.stderr).returncode == 0
+def stage_cases(stage: str, device: torch.device, *, quick: bool, method: str | None = None) -> Iterator[Case]:
+    """All cases of a stage, in an order that only the arguments decide."""
+    function = importlib.import_module(f"bench.bench_{stage}").cases
+    options: dict[str, object] = {"quick": quick}
+    if method and "method" in inspect.signature(function).parameters:
+        options["method"] = method
+    return function(device, **options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=stages(), action="append", help="only these stages (default: all)")
-    parser.add_argument("--op", help="only ops whose name contains this")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="medians over this many interleaved rounds")
-    parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
-    parser.add_argument("--untested", action="store_true", help="do not run the stage's tests first")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    chosen = args.stage or stages()
-    if not args.untested:
-        red = [stage for stage in chosen if not tests_pass(stage, device.type)]
-        if red:
-            sys.exit(f"bench: the tests of {', '.join(red)} fail on {device.type}; no figures until they pass")
+# --- tests first
 
-    limit = ceilings(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, torch {torch.__version__}, kvcompress {kvcompress.__version__}")
-    print(
-        f"ceilings measured now: read {limit.read / 1e12:.2f} TB/s, copy {limit.copy / 1e12:.2f} TB/s, "
-        f"matmul {limit.matmul / 1e12:.1f} TFLOP/s, exp {limit.exp / 1e12:.2f} T/s"
-    )
+
+def test_files(case: Case) -> list[str]:
+    """What pytest is to run for a case."""
+    method = case.params.get("method")
+    if method:
+        files = [f"tests/methods/test_{method}.py", f"tests/methods/test_golden.py::-k {method}-"]
+        return [name for name in files if (ROOT / name.split("::")[0]).exists()]
+    found = [path for op in case.tested_ops() for path in (ROOT / "tests").glob(f"*/test_{op.rstrip('_')}.py")]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
+    """Test files that fail here: a figure of wrong results is no figure."""
+    files = dict.fromkeys(name for case in cases for name in test_files(case))
+    untested = sorted({case.op for case in cases if not test_files(case)})
+    if untested:
+        sys.exit(f"bench: no tests found for {', '.join(untested)}; --untested reports all the same")
+    red = []
+    marker = "cuda" if device.type == "cuda" else "not cuda"
+    for name in files:
+        path, _, words = name.partition("::")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider"]
+        command += ["-c", str(ROOT / "pyproject.toml" if (ROOT / "pyproject.toml").exists() else ROOT / "pytest.ini")]
+        environment = {**os.environ, "KVCOMPRESS_REQUIRE_CUDA": "1"} if device.type == "cuda" else None
+        print(f"testing {path} {words}", file=sys.stderr, flush=True)
+        done = subprocess.run([*command, path, *words.split()], cwd=ROOT, stdout=sys.stderr, env=environment)
+        nothing_there = done.returncode == 5 and device.type == "cuda" and "method" in path  # no test asks for a GPU
+        if done.returncode and not nothing_there:
+            red.append(path)
+    return red
+
+
+# --- measuring
+
+
+def measured(case: Case, device: torch.device, args: argparse.Namespace, other: base.Worker | None) -> dict:
+    """All variants of a case, interleaved round by round, those of another build among them."""
+    runner = Runner(case, device, warm=args.warm)
+    turns = {name: runner.time for name in runner.names()}
+    failed = dict(runner.failed)
+    if other is not None:
+        names, why = other.prepare(case)
+        turns |= {f"base: {name}": lambda name: other.time(name.removeprefix("base: ")) for name in names}
+        failed |= {f"base: {name}": reason for name, reason in why.items()}
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(args.rounds):
+        for name, time in turns.items():
+            samples[name].append(time(name))
+    return {"times": {name: summary(own) for name, own in samples.items()}, "absent": {**case.absent, **failed}}
+
+
+def rows_of(case: Case, stage: str, result: dict, floor: float, target: str) -> list[dict]:
+    """One flat record a variant."""
+    times = result["times"]
+    ours = times.get("kvcompress", {}).get(target)
     rows = []
-    for stage in chosen:
-        for case in importlib.import_module(f"bench.bench_{stage}").cases(device, quick=args.quick):
-            if args.op and args.op not in case.op:
-                continue
-            floor = limit.floor(case)
-            print(f"\n{case.op}  {case.label}  floor {floor * 1e6:.1f} us {case.notes and '(' + case.notes + ')'}")
-            for variant, time in measure(case, device, rounds=args.rounds).items():
-                spread = f"{time['low'] * 1e6:.1f} - {time['high'] * 1e6:.1f}"
-                ratio = time["median"] / floor
-                print(f"  {variant:34s} {time['median'] * 1e6:10.1f} us  {ratio:6.2f}x floor  [{spread}]", flush=True)
-                rows.append(
-                    {
-                        "stage": stage,
-                        "op": case.op,
-                        "case": case.label,
-                        **case.params,
-                        "variant": variant,
-                        "median_us": time["median"] * 1e6,
-                        "low_us": time["low"] * 1e6,
-                        "high_us": time["high"] * 1e6,
-                        "floor_us": floor * 1e6,
-                        "floor_ratio": ratio,
-                    }
-                )
-    if args.json:
-        report = {
-            "device": name,
-            "date": datetime.date.today().isoformat(),
-            "torch": torch.__version__,
-            "kvcompress": kvcompress.__version__,
-            "rounds": args.rounds,
-            "ceilings": {
-                "read_bytes_s": limit.read,
-                "copy_bytes_s": limit.copy,
-                "matmul_flop_s": limit.matmul,
-                "exp_s": limit.exp,
-            },
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    for variant, time in times.items():
+        row = {"stage": stage, "op": case.op, "case": case.label, **case.params, "variant": variant}
+        row |= {f"{name}_us": seconds * 1e6 for name, seconds in time.items()}
+        row |= {"floor_us": floor * 1e6, "floor_ratio": time[target] / floor}
+        if ours and not variant.startswith("kvcompress"):
+            row["times_ours"] = time[target] / ours
+        rows.append(row)
+    return rows
+
+
+def show(case: Case, rows: Sequence[dict], absent: dict[str, str], target: str) -> None:
+    floor = rows[0]["floor_us"] if rows else float("nan")
+    print(f"\n{case.op}  {case.label}  floor {floor:.1f} us {case.notes and '(' + case.notes + ')'}")
+    for row in rows:
+        spread = f"[{row['low_us']:.1f} - {row['high_us']:.1f}]"
+        peer = f"{row['times_ours']:7.2f}x ours" if "times_ours" in row else ""
+        time = f"{row[target + '_us']:10.1f} us {row['floor_ratio']:7.2f}x floor"
+        print(f"  {row['variant']:38s} {time}  {spread:22s} {peer}", flush=True)
+    for peer, why in absent.items():
+        print(f"  {peer:38s} not measured: {why}")
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    form.add_argument("--stage", choices=stages(), action="append", help="only these stages")
+    form.add_argument("--op", help="only cases whose op contains this")
+    form.add_argument("--case", help="only cases whose label contains this")
+    form.add_argument("--method", help="one method of the registry, or 'all'")
+    form.add_argument("--core", action="store_true", help="only the table of the core ops")
+    form.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    form.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians on a GPU, best on a CPU")
+    form.add_argument("--quick", action="store_true", help="the smallest shapes, no torch.compile")
+    form.add_argument("--warm", action="store_true", help="inputs stay in the cache; floors likewise")
+    form.add_argument("--untested", action="store_true", help="do not run the tests first; the report says so")
+    form.add_argument("--base", metavar="GITREF", help="also that state of the tree, or a folder with a built package")
+    form.add_argument("--json", type=Path, help="write all figures to this file")
+    form.add_argument("--save", type=Path, nargs="?", const=ROOT / "bench" / "results", metavar="FOLDER",
+                      help="write <device>_<what>.json and its plots into this folder (bench/results)")  # fmt: skip
+    form.add_argument("--plot", action="store_true", help="draw time over seq_len beside the JSON file")
+    return form
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    form = parser()
+    args = form.parse_args(argv)
+    if args.plot and not (args.json or args.save):
+        form.error("--plot needs --json or --save: the picture lies beside the figures")
+    if (args.plot or args.save) and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("bench: plots need matplotlib: pip install 'kvcompress[plots]'")
+    device = torch.device(args.device)
+    names = args.stage or (["methods"] if args.method else [name for name in stages() if name != "methods"])
+    wanted = []
+    for stage in names:
+        method = None if args.method in (None, "all") else args.method
+        cases = stage_cases(stage, device, quick=args.quick, method=method)
+        wanted += [(stage, case) for case in chosen(cases, args.op, args.case, args.core)]
+    if not wanted:
+        sys.exit("bench: no case fits; `--stage`, `--op`, `--case` and `--method` narrow what --help lists")
+    if not args.untested:
+        red = red_tests([case for _, case in wanted], device)
+        if red:
+            sys.exit(f"bench: {', '.join(red)} fail on {device.type}; no figures until they pass")
+
+    other = base.Worker(args, device) if args.base else None
+    limit = ceilings(device)
+    target = "median" if device.type == "cuda" else "best"  # a CPU is shared with whatever else runs
+    name = device_name(device)
+    print(f"{name}, torch {torch.__version__}, kvcompress {kvcompress.__version__}\nceilings measured now: {limit}")
+    rows, missing = [], []
+    for stage, case in wanted:
+        if args.warm:
+            case = warmed(case)
+        result = measured(case, device, args, other)
+        own = rows_of(case, stage, result, case.floor(limit), target)
+        show(case, own, result["absent"], target)
+        rows += own
+        missing += [
+            {"op": case.op, "case": case.label, "variant": v, "why": why} for v, why in result["absent"].items()
+        ]
+    figures = {
+        "device": name,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "kvcompress": kvcompress.__version__,
+        "cache": "warm" if args.warm else "cold",
+        "tested": not args.untested,
+        "statistic": target,
+        "rounds": args.rounds,
+        "base": args.base,
+        "ceilings": {
+            "read_bytes_s": limit.read,
+            "copy_bytes_s": limit.copy,
+            "cache_read_bytes_s": limit.cache_read,
+            "cache_bytes": limit.cache_bytes,
+            "matmul_flop_s": limit.matmul,
+            "exp_s": limit.exp,
+        },
+        "rows": rows,
+        "not_measured": missing,
+    }
+    for path in report.paths(args, device, name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"\nwritten: {path}")
+        if args.plot or args.save:
+            print(f"drawn: {', '.join(str(p) for p in report.draw(figures, path))}")
 
 
 if __name__ == "__main__":

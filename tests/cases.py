@@ -2,10 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# --- real shapes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention layer that benchmarks measure."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden: int
+
+    @property
+    def q_per_kv(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+
+LAYER = Layer(num_q_heads=32, num_kv_heads=8, head_dim=128, hidden=4096)  # Llama 3.1 8B
+PROMPTS = [(1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768), (8, 131072)]  # (batch, seq_len)
+WINDOWS = [32, 64]
+POOLS = [("avg", 5), ("max", 7)]
+TOPK_ROWS = [(8, 8192), (8, 32768), (8, 131072), (8, 262144)]  # (rows, seq_len)
+TOPK_ROWS += [(rows, seq_len) for rows in (64, 256) for seq_len in (8192, 32768, 131072, 262144)]
+
+
+def prompts(device: torch.device, *, quick: bool = False) -> list[tuple[int, int]]:
+    """The prompts that a device is measured with: all on a GPU, the smallest on a CPU."""
+    return PROMPTS[:1] if quick or device.type == "cpu" else PROMPTS
+
+
+def budgets(seq_len: int) -> list[int]:
+    """Entries kept: a fixed budget and a share."""
+    return [1024, seq_len // 4]
+
+
+def _equal_leading_bits(shape: tuple[int, ...], device: str | torch.device) -> Tensor:
+    """Floats of one exponent whose upper 20 bits agree."""
+    return (torch.randint(0, 2**12, shape, device=device, dtype=torch.int32) | 0x3F800000).view(torch.float32)
+
+
+def _empty_rows(shape: tuple[int, ...], device: str | torch.device) -> Tensor:
+    scores = torch.randn(shape, device=device)
+    scores[..., 1::2, :] = -torch.inf
+    return scores
+
+
+# Scores that a selection must not be slow or wrong on.
+SCORES: dict[str, Callable[[tuple[int, ...], str | torch.device], Tensor]] = {
+    "random": lambda shape, device: torch.randn(shape, device=device),
+    "all equal": lambda shape, device: torch.full(shape, 0.5, device=device),
+    "equal leading bits": _equal_leading_bits,
+    "presorted": lambda shape, device: torch.randn(shape, device=device).sort(-1).values,
+    "-inf rows": _empty_rows,
+    "narrow range": lambda shape, device: 1 + 1e-4 * torch.rand(shape, device=device),
+}
+
+
+# --- small and odd ones
 
 
 def left_padding(batch: int, seq_len: int, device: str | torch.device) -> Tensor:
