@@ -1,0 +1,112 @@
+// Tensor memory accelerator (sm_90 and later): one thread moves whole boxes of a strided tensor to
+// shared memory; what lies outside the tensor arrives as zeros.
+//
+// Boxes of rows are 64 elements of 16 bits wide, swizzled in 128 bytes: 16-byte unit u of row r
+// lies at unit u ^ (r % 8) of its 128 bytes, the layout that wgmma reads without bank conflicts.
+// Longer rows take several boxes ("slabs"), each from a 1024-byte boundary.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "device/check.cuh"
+#include "device/mbarrier.cuh"
+#include "host/dtype.h"
+
+namespace kvc {
+
+constexpr int kSlabElements = 64;
+constexpr int kSlabRowBytes = 128;
+
+// Byte offset of 16-byte unit `unit` of row `row` in a slab.
+__host__ __device__ constexpr int swizzled(int row, int unit) {
+  return row * kSlabRowBytes + ((unit ^ (row % 8)) << 4);
+}
+
+// --- host
+
+// Whether rows [d1, d2, d3, width] of 16-bit elements can be described: 16-byte steps everywhere.
+// A dimension of size 1 is never stepped over.
+inline bool tma_takes(const void* data, const int64_t (&sizes)[3], const int64_t (&strides)[3]) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
+  for (int i = 0; i < 3; ++i) {
+    const bool stepped = sizes[i] > 1;
+    if (stepped && (strides[i] <= 0 || strides[i] % 8 != 0 || strides[i] >= int64_t{1} << 39)) {
+      return false;
+    }
+    if (sizes[i] < 1 || sizes[i] > int64_t{1} << 31) return false;
+  }
+  return true;
+}
+
+// The map of rows [sizes[2], sizes[1], sizes[0], width], sizes[0] the rows of one head, in boxes of
+// box_rows x 64. The encoder comes from the driver through the runtime: nothing links libcuda.
+inline CUtensorMap row_map(const char* op, DType dtype, const void* data, int64_t width,
+                           const int64_t (&sizes)[3], const int64_t (&strides)[3], int box_rows) {
+  using Encode =
+      CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                   const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                   CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [op] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                cudaEnableDefault, &found),
+               op);
+    if (found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(std::string(op) + ": this driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<Encode>(entry);
+  }();
+
+  const cuuint64_t dims[4] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(sizes[0]),
+                              static_cast<cuuint64_t>(sizes[1]), static_cast<cuuint64_t>(sizes[2])};
+  cuuint64_t bytes[3];
+  for (int i = 0; i < 3; ++i) {
+    bytes[i] = sizes[i] > 1 ? static_cast<cuuint64_t>(strides[i]) * 2 : 16;
+  }
+  const cuuint32_t box[4] = {kSlabElements, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(data), dims, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled returned " +
+                             std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+// --- device; the map is a __grid_constant__ kernel parameter
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// One box from element `column` of row `row` of head (h, b); its bytes arrive at the barrier.
+__device__ __forceinline__ void tma_load_rows(void* shared, const CUtensorMap* map,
+                                              Mbarrier* barrier, int column, int row, int h,
+                                              int b) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(mbarrier_address(barrier)), "r"(column), "r"(row), "r"(h), "r"(b)
+      : "memory");
+}
+
+// Ordinary writes of this thread to shared memory become visible to wgmma and TMA; a barrier of the
+// readers follows.
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace kvc
