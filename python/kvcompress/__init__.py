@@ -9,6 +9,7 @@ _library.load()
 from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
+from kvcompress.evict import evict_append_  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import topk  # noqa: E402
 from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "compact_",
     "cosine_importance",
     "decode_attention",
+    "evict_append_",
     "gather",
     "gather_ragged",
     "ragged_decode_attention",

@@ -1,0 +1,172 @@
+"""Stores of fixed room: a new entry takes the slot of the one that matters least. Nothing shifts, nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, library
+
+from kvcompress import _check
+from kvcompress.store import _check_row_list
+
+__all__ = ["evict_append_"]
+
+_MAX_NEW = 8
+
+
+def evict_append_(
+    buffers: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    positions: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    scores: Tensor | None = None,
+    history: Tensor | None = None,
+    limits: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    fresh: float = 0.0,
+) -> Tensor:
+    """Writes new entries into a store of fixed room; once it is full, each overwrites the entry that matters least.
+
+    A unit is what shares one victim: a kv head, or all heads of a layer (``units = 1``). For its t-th new entry:
+
+    - ``lengths < limit``: the slot is ``lengths``, and lengths grows by one: the plain append at a length on the device.
+    - else the slot is that of the stored entry with the lowest score, among those with ``sink <= position < seen + t -
+      window``: outside the first `sink` tokens and the newest `window` ones, whatever slots these lie in. Scores are added
+      up over the unit's heads in their order. NaN is below every number; of equal scores the smaller position stays, as
+      in `topk`. Without scores the smallest position leaves: a ring, as streaming and sliding windows need.
+
+    Then ``buffers[slot] = rows[t]``, ``positions[slot] = seen + t``, ``scores[slot] = fresh``, ``history[slot] = -inf``, and at
+    the end ``seen += n``. Entries written by one call never displace each other. If all entries are protected (a limit of
+    ``sink + window`` or less) the lowest of these leaves all the same. Slots are in no order; attention does not mind.
+
+    One launch, a block a unit, two row writes a head; lengths and counters are read and written on the device, so the
+    op never waits, and a captured CUDA graph serves a store that fills up and then turns over.
+
+    Args:
+        buffers: one to eight of ``[batch, heads, capacity, head_dim]`` or ``[batch, heads, capacity]``: K, V and whatever else
+            an entry has; changed in place. Any dtypes of 1, 2, 4 or 8 bytes, any strides with a contiguous last dimension;
+            heads a multiple of units.
+        rows: for each buffer the new entries, ``[batch, heads, n, head_dim]`` or ``[batch, heads, n]``, n from 1 to 8.
+        positions: ``[batch, units, capacity]`` int32, which token each slot holds; changed in place.
+        lengths: ``[batch, units]`` int32, entries stored; changed in place.
+        seen: ``[batch, units]`` int32, tokens seen so far, which is the position of the next; changed in place.
+        scores: ``[batch, score heads, capacity]`` float32, higher = keep, score heads a multiple of units; changed in place.
+        history: ``[batch, heads, capacity, width]`` float32, what earlier queries thought of an entry; changed in place.
+        limits: ``[batch, units]`` int32, room of each unit, at most the capacity; None: the capacity.
+        sink: first tokens that never leave.
+        window: newest stored tokens that do not leave; ``sink + window < capacity``.
+        fresh: score of a new entry.
+
+    Returns:
+        slots ``[batch, units, n]`` int32, where each new entry went; -1 where a call brings more tokens than its unit's limit
+        and the token was not stored.
+
+    Raises:
+        ValueError, TypeError: ``evict_append_: argument must be ..., got ...``. Values of `lengths` are checked under
+            `set_debug` only.
+
+    Scratch: none.
+
+    Source: H2O's in-place form of its heavy hitters (FlexGen backend) does the same with two row moves a head; TOVA,
+    arXiv 2401.06104, with one victim for all heads; StreamingLLM, arXiv 2309.17453, as a ring.
+
+    Example:
+        >>> keys, new = torch.zeros(1, 1, 3, 1), torch.ones(1, 1, 1, 1)
+        >>> positions, lengths, seen = (torch.zeros(*shape, dtype=torch.int32) for shape in ((1, 1, 3), (1, 1), (1, 1)))
+        >>> [kvcompress.evict_append_([keys], [new * t], positions, lengths, seen, sink=1).item() for t in range(6)]
+        [0, 1, 2, 1, 2, 1]
+        >>> keys.flatten().tolist(), positions.tolist()
+        ([0.0, 5.0, 4.0], [[[0, 5, 4]]])
+    """
+    op = torch.ops.kvcompress.evict_append_.default
+    args = (buffers, rows, positions, lengths, seen, scores, history, limits, sink, window, fresh)
+    return _check.call(op, *args)
+
+
+# --- fakes: shapes, and the checks of csrc/store/evict_append.cpp in the same words and order
+
+
+def _overlaps(t: Tensor, dims: int) -> bool:
+    return any(t.shape[dim] > 1 and t.stride(dim) == 0 for dim in range(dims))
+
+
+def _fits(t: Tensor, positions: Tensor) -> bool:
+    """Of the batch and capacity of positions, and a multiple of its units in heads."""
+    batch, units, capacity = positions.shape
+    multiple = t.shape[1] == 0 if units == 0 else t.shape[1] >= units and t.shape[1] % units == 0
+    return t.shape[0] == batch and t.shape[2] == capacity and multiple
+
+
+def _must_fit(positions: Tensor) -> str:
+    batch, units, capacity = positions.shape
+    return f"of the batch ({batch}) and capacity ({capacity}) of positions and a multiple of {units} heads"
+
+
+def _unit_counts(op: str, argument: str, t: Tensor, positions: Tensor, *, is_written: bool) -> None:
+    batch, units = positions.shape[:2]
+    ok = t.dim() == 2 and t.shape[0] == batch and t.shape[1] == units
+    _check.require(ok, op, argument, f"[batch, units] [{batch}, {units}]", f"{t.dim()}D {_check.shape_string(t)}")
+    _check.dtype(op, argument, t, torch.int32)
+    _check.same_device(op, argument, t, positions, "positions")
+    _check.require(not (is_written and _overlaps(t, 2)), op, argument, "free of overlaps", "a stride of 0")
+
+
+def _entry_floats(op: str, argument: str, t: Tensor | None, positions: Tensor, rank: int, layout: str) -> None:
+    if t is None:
+        return
+    _check.rank(op, argument, t, rank, layout)
+    _check.dtype(op, argument, t, torch.float32)
+    _check.same_device(op, argument, t, positions, "positions")
+    _check.require(_fits(t, positions), op, argument, _must_fit(positions), _check.shape_string(t))
+    _check.last_contiguous(op, argument, t)
+    _check.require(not _overlaps(t, rank - 1), op, argument, "free of overlaps", "a stride of 0")
+
+
+@library.register_fake("kvcompress::evict_append_")
+def _(
+    buffers: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    positions: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    scores: Tensor | None,
+    history: Tensor | None,
+    limits: Tensor | None,
+    sink: int,
+    window: int,
+    fresh: float,
+) -> Tensor:
+    op = "evict_append_"
+    _check.rank(op, "positions", positions, 3, "[batch, units, capacity]")
+    _check.dtype(op, "positions", positions, torch.int32)
+    _check.last_contiguous(op, "positions", positions)
+    _check.require(not _overlaps(positions, 2), op, "positions", "free of overlaps", "a stride of 0")
+    _check_row_list(op, "buffers", buffers, "capacity", positions, "positions", is_written=True)
+    _check_row_list(op, "rows", rows, "n", positions, "positions", is_written=False)
+    _check.require(len(rows) == len(buffers), op, "rows", f"as many tensors as buffers ({len(buffers)})", len(rows))
+    batch, units, capacity = positions.shape
+    n = rows[0].shape[2]
+    for i, (buffer, new) in enumerate(zip(buffers, rows)):
+        _check.same_dtype(op, "rows", new, buffer, "buffers")
+        got = f"{_check.shape_string(buffer)} at [{i}]"
+        _check.require(_fits(buffer, positions), op, "buffers", _must_fit(positions), got)
+        must = f"of the shape of buffers {_check.shape_string(buffer)} with n ({n}) for the capacity"
+        same = new.shape == (*buffer.shape[:2], n, *buffer.shape[3:])
+        _check.require(same, op, "rows", must, f"{_check.shape_string(new)} at [{i}]")
+    _unit_counts(op, "lengths", lengths, positions, is_written=True)
+    _unit_counts(op, "seen", seen, positions, is_written=True)
+    _entry_floats(op, "scores", scores, positions, 3, "[batch, heads, capacity]")
+    _entry_floats(op, "history", history, positions, 4, "[batch, heads, capacity, width]")
+    if limits is not None:
+        _unit_counts(op, "limits", limits, positions, is_written=False)
+    must = f"from 1 to 8 and at most the capacity ({capacity})"
+    _check.require(1 <= n <= min(_MAX_NEW, capacity), op, "n", must, n)
+    _check.require(sink >= 0, op, "sink", "at least 0", sink)
+    _check.require(window >= 0, op, "window", "at least 0", window)
+    must = f"below the capacity less the sink ({capacity - sink})"
+    _check.require(sink + window < capacity, op, "window", must, window)
+    return positions.new_empty((batch, units, n))
