@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(kvcompress, library) {
   // score
   library.def("window_scores(Tensor q, Tensor k, Tensor? lse, Tensor? weights, Tensor? seq_start, SymInt first_query, SymInt num_scored, SymInt kernel_size, int window_reduce, int group_reduce, int pool, float softmax_scale, bool pool_first) -> Tensor");
+  library.def("history_scores(Tensor history, Tensor positions, Tensor lengths, Tensor seen, SymInt window, int fuse) -> Tensor");
   // budget
   library.def("cosine_importance(Tensor before, Tensor after, Tensor? seq_start, bool is_update) -> Tensor");
   // select

@@ -6,29 +6,13 @@
 
 #include "common/debug.h"
 #include "common/on_device.h"
+#include "common/unit_counts.h"
 #include "store/row_list.h"
 
 namespace kvc {
 namespace {
 
 constexpr const char* kOp = "evict_append_";
-
-// Something [batch, units] of int32; `is_written`: no two numbers share memory.
-template <typename Int>
-UnitCounts<Int> unit_counts(const char* name, const Tensor& t, const Tensor& positions,
-                            bool is_written) {
-  const int64_t batch = positions.size(0), units = positions.size(1);
-  require(t.dim() == 2 && t.size(0) == batch && t.size(1) == units, kOp, name,
-          "[batch, units] [" + text(batch) + ", " + text(units) + "]",
-          text(t.dim()) + "D " + shape_string(t));
-  check_dtype(kOp, name, t, ScalarType::Int);
-  check_same_device(kOp, name, t, positions, "positions");
-  const bool overlaps = (batch > 1 && t.stride(0) == 0) || (units > 1 && t.stride(1) == 0);
-  require(!(is_written && overlaps), kOp, name, "free of overlaps", "a stride of 0");
-  return {
-      static_cast<Int*>(is_written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr())),
-      t.stride(0), t.stride(1)};
-}
 
 // Scores [batch, heads, capacity], or history with one dimension more.
 EntryFloats entry_floats(const char* name, const std::optional<Tensor>& t, const Tensor& positions,
@@ -98,8 +82,8 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
       .positions = static_cast<int32_t*>(positions.mutable_data_ptr()),
       .positions_batch_stride = positions.stride(0),
       .positions_unit_stride = positions.stride(1),
-      .lengths = unit_counts<int32_t>("lengths", lengths, positions, true),
-      .seen = unit_counts<int32_t>("seen", seen, positions, true),
+      .lengths = unit_counts<int32_t>(kOp, "lengths", lengths, positions, true),
+      .seen = unit_counts<int32_t>(kOp, "seen", seen, positions, true),
       .scores = entry_floats("scores", scores, positions, 3, "[batch, heads, capacity]"),
       .history = entry_floats("history", history, positions, 4, "[batch, heads, capacity, width]"),
       .batch = batch,
@@ -111,7 +95,7 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
       .fresh = static_cast<float>(fresh),
   };
   if (limits.has_value()) {
-    params.limits = unit_counts<const int32_t>("limits", *limits, positions, false);
+    params.limits = unit_counts<const int32_t>(kOp, "limits", *limits, positions, false);
   }
   require(n >= 1 && n <= std::min(kEvictMaxNew, capacity), kOp, "n",
           "from 1 to 8 and at most the capacity (" + text(capacity) + ")", text(n));

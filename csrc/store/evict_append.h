@@ -19,22 +19,12 @@
 #include <cstdint>
 
 #include "host/rows.h"
+#include "host/unit_counts.h"
 #include "select/topk.h"
 
 namespace kvc {
 
 constexpr int64_t kEvictMaxNew = 8;
-
-// [batch, units] int32.
-template <typename Int>
-struct UnitCounts {
-  Int* data;
-  int64_t batch_stride, unit_stride;  // in elements
-
-  constexpr Int* at(int64_t b, int64_t u) const {
-    return data + b * batch_stride + u * unit_stride;
-  }
-};
 
 // [batch, heads, capacity] or, with history, [batch, heads, capacity, width]; float32.
 struct EntryFloats {

@@ -9,7 +9,7 @@ _library.load()
 from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
-from kvcompress.evict import evict_append_  # noqa: E402
+from kvcompress.evict import evict_append_, history_scores  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import topk  # noqa: E402
 from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
@@ -23,6 +23,7 @@ __all__ = [
     "evict_append_",
     "gather",
     "gather_ragged",
+    "history_scores",
     "ragged_decode_attention",
     "set_debug",
     "topk",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, library
@@ -10,9 +11,11 @@ from torch import Tensor, library
 from kvcompress import _check
 from kvcompress.store import _check_row_list
 
-__all__ = ["evict_append_"]
+__all__ = ["evict_append_", "history_scores"]
 
 _MAX_NEW = 8
+_MAX_WIDTH = 1024
+_FUSE = {"sum": 0, "max": 1}
 
 
 def evict_append_(
@@ -87,7 +90,54 @@ def evict_append_(
     return _check.call(op, *args)
 
 
-# --- fakes: shapes, and the checks of csrc/store/evict_append.cpp in the same words and order
+def history_scores(
+    history: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    window: int = 0,
+    fuse: Literal["sum", "max"] = "sum",
+) -> Tensor:
+    """Scores of the entries of a store by what earlier queries, a column of logits each, thought of them.
+
+    ``scores[j] = sum (or max) over w of softmax over candidates i of history[i, w], at j``. Candidates are the entries with
+    ``position < seen - window``. A column of only -inf (a query that is not there yet) counts 0; slots that are no
+    candidate get 0. In float32.
+
+    Args:
+        history: ``[batch, heads, capacity, width]`` float32, logits of the last `width` queries, entry by entry; any strides
+            with a contiguous last dimension; width from 1 to 1024.
+        positions: ``[batch, units, capacity]`` int32; units divides heads.
+        lengths: ``[batch, units]`` int32, entries stored.
+        seen: ``[batch, units]`` int32, tokens seen so far.
+        window: newest tokens that take no part, since they stay anyway.
+        fuse: over the queries.
+
+    Returns:
+        scores ``[batch, heads, capacity]`` float32.
+
+    Raises:
+        ValueError, TypeError: ``history_scores: argument must be ..., got ...``.
+
+    Scratch: none.
+
+    Source: MorphKV, arXiv 2503.00979 (`sum_fused`, `max_fused`). The official code runs this softmax in the model's dtype.
+
+    Example:
+        >>> history = torch.randn(1, 2, 10, 4)
+        >>> positions = torch.arange(10, dtype=torch.int32).expand(1, 2, 10)
+        >>> full = torch.full((1, 2), 10, dtype=torch.int32)
+        >>> kvcompress.history_scores(history, positions, full, full, window=4)[0, 0].sum()  # four queries, one each
+        tensor(4.)
+    """
+    code = _FUSE.get(fuse)
+    if code is None:
+        raise ValueError(f'history_scores: fuse must be "sum" or "max", got "{fuse}"')
+    return _check.call(torch.ops.kvcompress.history_scores.default, history, positions, lengths, seen, window, code)
+
+
+# --- fakes: shapes, and the checks of csrc/store/evict_append.cpp and csrc/score/history_scores.cpp in the same words and order
 
 
 def _overlaps(t: Tensor, dims: int) -> bool:
@@ -170,3 +220,27 @@ def _(
     must = f"below the capacity less the sink ({capacity - sink})"
     _check.require(sink + window < capacity, op, "window", must, window)
     return positions.new_empty((batch, units, n))
+
+
+@library.register_fake("kvcompress::history_scores")
+def _(history: Tensor, positions: Tensor, lengths: Tensor, seen: Tensor, window: int, fuse: int) -> Tensor:
+    op = "history_scores"
+    _check.rank(op, "history", history, 4, "[batch, heads, capacity, width]")
+    _check.rank(op, "positions", positions, 3, "[batch, units, capacity]")
+    _check.dtype(op, "history", history, torch.float32)
+    _check.dtype(op, "positions", positions, torch.int32)
+    _check.same_device(op, "positions", positions, history, "history")
+    _check.last_contiguous(op, "history", history)
+    _check.last_contiguous(op, "positions", positions)
+    batch, heads, capacity, width = history.shape
+    units = positions.shape[1]
+    divides = units == 0 if heads == 0 else units > 0 and heads % units == 0
+    ok = positions.shape[0] == batch and positions.shape[2] == capacity and divides
+    must = f"of the batch ({batch}) and capacity ({capacity}) of history and of units that divide its heads ({heads})"
+    _check.require(ok, op, "positions", must, _check.shape_string(positions))
+    _check.require(1 <= width <= _MAX_WIDTH, op, "width", "from 1 to 1024", width)
+    _unit_counts(op, "lengths", lengths, positions, is_written=False)
+    _unit_counts(op, "seen", seen, positions, is_written=False)
+    _check.require(window >= 0, op, "window", "at least 0", window)
+    _check.require(fuse in (0, 1), op, "fuse", "0 (sum) or 1 (max)", fuse)
+    return history.new_empty((batch, heads, capacity))

@@ -99,3 +99,23 @@ def window_scores(
         out.append(torch.nn.functional.pad(row, (0, seq_len - row.shape[-1]), value=INF))
     heads = num_q_heads if group_reduce == "none" else num_kv_heads
     return torch.cat(out) if out else q.new_zeros((0, heads, seq_len), dtype=dtype)
+
+
+def history_scores(
+    history: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    *,
+    window: int = 0,
+    fuse: str = "sum",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """As kvcompress.history_scores."""
+    each = history.shape[1] // positions.shape[1]
+    slot = torch.arange(history.shape[2], device=history.device)
+    candidates = (slot < lengths[..., None]) & (positions < seen[..., None] - window)
+    candidates = candidates.repeat_interleave(each, 1)[..., None]
+    logits = history.to(dtype).masked_fill(~candidates, -INF)
+    shares = logits.softmax(2).where(logits.amax(2, keepdim=True) > -INF, 0).masked_fill(~candidates, 0)
+    return shares.sum(3) if fuse == "sum" else shares.amax(3)
