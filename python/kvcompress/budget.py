@@ -21,6 +21,7 @@ __all__ = [
     "Pyramid",
     "Squeeze",
     "Table",
+    "Targets",
     "Uniform",
     "ZigZag",
     "allocate",
@@ -299,6 +300,7 @@ def prefix_lengths(curves: Sequence[np.ndarray], total: int) -> list[int]:
 
 # --- budget stages
 
+Targets = Sequence[int | list[int]]  # mean entries a head of each row, or entries of each row and head
 Scores = Callable[[], Tensor]  # the layer's scores [batch, heads, seq_len], computed once, on the first call
 
 
@@ -309,11 +311,18 @@ class Budget(ABC):
         deferred: the final numbers need all layers; until then `first` gives an upper bound, `measure` says what a layer shows,
             and `settle` decides.
         wants_residual: what `settle` gets is each layer's residual cosine, not `measure`.
+        tightens: asked again with every layer (deferred budgets only): `settle` also takes what the first layers have measured, and
+            then gives upper bounds for them, so that a prompt never holds much more than the total and the current layer.
+        across_heads: `settle_heads` decides instead of `settle`: heads of a layer keep different numbers of entries.
+        needs_mass: it compares shares of the scores' sums, so they must not be negative.
         queries: how many of the last prompt queries it looks at itself, whatever the score needs.
     """
 
     deferred: ClassVar[bool] = False
     wants_residual: ClassVar[bool] = False
+    tightens: ClassVar[bool] = False
+    across_heads: ClassVar[bool] = False
+    needs_mass: ClassVar[bool] = False
 
     @property
     def queries(self) -> int:
@@ -327,15 +336,24 @@ class Budget(ABC):
         """What a layer shows of its needs, ``[batch, ...]`` on the device (deferred budgets only)."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
 
-    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
+    def settle(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[int]]:
         """Final entries ``[layers][batch]`` from what the layers measured (deferred budgets only).
 
         Args:
-            measured: one tensor ``[batch, ...]`` a layer, on the host.
+            measured: one tensor ``[batch, ...]`` a layer, on the host; of the first layers only where the budget tightens.
             lengths: real tokens of each row.
             floor: entries that the selection keeps in any case.
+            layers: layers in all; None: as many as measured.
         """
         raise NotImplementedError(f"{type(self).__name__} is final at once")
+
+    def settle_heads(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[list[int]]]:
+        """The same for each head, ``[layers][batch][heads]``, from tensors that are still on the device."""
+        raise NotImplementedError(f"{type(self).__name__} gives all heads of a layer the same")
 
 
 @dataclass(frozen=True)
@@ -389,8 +407,10 @@ class Squeeze(Budget):
         means = [max(self._keep(n) * n, entries(self.budget, n)) if n else 0 for n in layer.lengths]
         return [min(n, int(share * mean) + 1) for n, mean in zip(layer.lengths, means)]
 
-    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
-        layers, columns = len(measured), []
+    def settle(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[int]]:
+        columns, layers = [], layers or len(measured)
         for row, length in enumerate(lengths):
             if entries(self.budget, length) >= length:  # nothing to hand around; a layer may still grow to its mean
                 columns.append([max(entries(self.budget, length), floor)] * layers)
@@ -421,13 +441,13 @@ class Pyramid(Budget):
         allocation: "exact" hands out ``layers * budget`` entries, to the last one. "official" truncates the slope, so layers
             keep up to 27 % more than that in all, and knows a uniform case for prompts below ``2 base``. "kvpress" rounds each
             layer, counts the window into the line, and falls back to uniform budgets where the line leaves the prompt or
-            the window.
+            the window. "adakv" is the official slope for prompts of any length.
     """
 
     budget: int | float
     window: int
     beta: int = 20
-    allocation: Literal["exact", "official", "kvpress"] = "exact"
+    allocation: Literal["exact", "official", "kvpress", "adakv"] = "exact"
 
     def __post_init__(self) -> None:
         entries(self.budget, 1)
@@ -435,11 +455,17 @@ class Pyramid(Budget):
             raise ValueError(f"Pyramid: window must be at least 0, got {self.window}")
         if self.beta < 1:
             raise ValueError(f"Pyramid: beta must be at least 1, got {self.beta}")
-        if self.allocation not in ("exact", "official", "kvpress"):
-            raise ValueError(f'Pyramid: allocation must be "exact", "official" or "kvpress", got {self.allocation!r}')
+        if self.allocation not in self._rules:
+            raise ValueError(
+                f'Pyramid: allocation must be "exact", "official", "kvpress" or "adakv", got {self.allocation!r}'
+            )
+
+    @property
+    def _rules(self) -> dict[str, Callable[[int, int], list[int]]]:
+        return {"exact": self._exact, "official": self._official, "kvpress": self._kvpress, "adakv": self._adakv}
 
     def first(self, layer: LayerState, scores: Scores) -> list[int]:
-        rule = {"exact": self._exact, "official": self._official, "kvpress": self._kvpress}[self.allocation]
+        rule = self._rules[self.allocation]
         return [rule(layer.num_layers, length)[layer.index] for length in layer.lengths]
 
     def _exact(self, layers: int, length: int) -> list[int]:
@@ -452,11 +478,15 @@ class Pyramid(Budget):
     def _official(self, layers: int, length: int) -> list[int]:
         capacity = entries(self.budget, length)
         base = max(capacity - self.window, 0)
-        high, low = _slope(base, base // self.beta, length - self.window)
-        step = (high - low) // max(layers - 1, 1)
         if length < capacity:
             return [length] * layers
-        return [self.window + int(base if length < 2 * base else high - layer * step) for layer in range(layers)]
+        return [self.window + base] * layers if length < 2 * base else self._adakv(layers, length)
+
+    def _adakv(self, layers: int, length: int) -> list[int]:
+        base = max(entries(self.budget, length) - self.window, 0)
+        high, low = _slope(base, base // self.beta, length - self.window)
+        step = (high - low) // max(layers - 1, 1)
+        return [self.window + int(high - layer * step) for layer in range(layers)]
 
     def _kvpress(self, layers: int, length: int) -> list[int]:
         mean = self.budget if isinstance(self.budget, int) else self.budget * length
@@ -521,8 +551,10 @@ class ZigZag(Budget):
         attention = ReceivedAttention(queries=self.window, group_reduce="none")(layer)
         return mass_count(attention, self.tau).double().mean(-1)
 
-    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
-        layers, columns = len(measured), []
+    def settle(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[int]]:
+        columns, layers = [], layers or len(measured)
         for row, length in enumerate(lengths):
             mean = entries(self.budget, length)
             needs = [float(layer[row]) for layer in measured]
@@ -547,6 +579,7 @@ class PrefixMass(Budget):
     budget: int | float
     forced: int = 0
     deferred = True
+    needs_mass = True
 
     def __post_init__(self) -> None:
         entries(self.budget, 1)
@@ -563,8 +596,10 @@ class PrefixMass(Budget):
         """Sums of the largest scores, mean over the heads, ``[batch, seq_len]`` as `cumulative_mass` gives them."""
         return cumulative_mass(scores().mean(1))
 
-    def settle(self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int) -> list[list[int]]:
-        layers, columns = len(measured), []
+    def settle(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[int]]:
+        columns, layers = [], layers or len(measured)
         for row, length in enumerate(lengths):
             total = layers * entries(self.budget, length)
             room = max(length - self.forced, 0)

@@ -1,19 +1,139 @@
-"""Stores: what a layer keeps, how it grows, shrinks, moves and is saved. No model, no method is known here."""
+"""Stores: what a layer keeps, how it grows, attends, shrinks, moves and is saved. No model, no method is known here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from kvcompress.attend import attend
 from kvcompress.store import append_, compact_, gather
 
-__all__ = ["DenseStore"]
+__all__ = ["DenseStore", "Store", "load_store", "register_store"]
 
 _GROWTH = 8  # a full buffer grows by an eighth, at least by `reserve`: amortised O(1) copies a token
 
 
+class Store(Protocol):
+    """What a layer asks of any store, so that it never asks for its type.
+
+    Rows are the sequences of the batch. Every stored entry knows its position; entries of a row and head ascend in it, and the
+    last ones are the last tokens, which `append` writes and `crop` takes back.
+
+    Attributes:
+        kind: its name in saved files, see `register_store`.
+        keys, values: the buffers, in the store's own layout.
+        scores: what a later cut ranks by, in the layout of the keys; None where nothing needs it.
+        seen: real tokens that each row has been given, so the position of its next token.
+        targets: the budget of each row, mean entries a head; None: no budget.
+        extra: further tensors ``[batch, ...]`` that some stage keeps beside the entries.
+    """
+
+    kind: ClassVar[str]
+    keys: Tensor
+    values: Tensor
+    scores: Tensor | None
+    seen: list[int]
+    targets: list[int] | None
+    extra: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers of the entries by name."""
+        ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries a head of each row, on the host: the mean, rounded up, where heads differ."""
+        ...
+
+    @property
+    def head_lengths(self) -> list[list[int]]:
+        """Entries of each row and head, on the host."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Entries of the longest row or head."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing was ever dropped."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, room included: what the allocator holds for this layer."""
+        ...
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """K and V as they lie, not copied, without room where the layout allows that."""
+        ...
+
+    def padded_positions(self) -> Tensor:
+        """Positions of all entries, ``[batch, heads, max_length]`` int32, -1 behind a head's last one."""
+        ...
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """K and V of a complete store as a left-padded prompt, ``[batch, heads, max_length, head_dim]``."""
+        ...
+
+    def append(self, keys: Tensor, values: Tensor, real: Sequence[int] | None = None) -> None:
+        """Writes new tokens ``[batch, num_kv_heads, n, head_dim]`` behind the entries; row b's are the last ``real[b]``."""
+        ...
+
+    def attend(self, q: Tensor, *, softmax_scale: float) -> Tensor:
+        """Attention of the last tokens, which are stored already, over everything at or before them."""
+        ...
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` tokens of every row (rejected drafts)."""
+        ...
+
+    def select_rows(self, rows: Tensor, picked: list[int] | None = None) -> None:
+        """Row i becomes the old row ``rows[i]``; `picked` is the same on the host, where the caller has it."""
+        ...
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
+        """Moves all tensors."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The entries without room, and the counters, as `load_store` takes them back."""
+        ...
+
+
+class _Loadable(Protocol):
+    kind: ClassVar[str]
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], *, reserve: int = 128) -> Store: ...
+
+
+_KINDS: dict[str, type[_Loadable]] = {}
+S = TypeVar("S", bound=type[_Loadable])
+
+
+def register_store(cls: S) -> S:
+    """Makes `load_store` know a store by its `kind`."""
+    _KINDS[cls.kind] = cls
+    return cls
+
+
+def load_store(kind: str, state: dict[str, Tensor], *, reserve: int = 128) -> Store:
+    """The store of that kind whose `state_dict` this is."""
+    if kind not in _KINDS:
+        raise ValueError(f"load_store: kind must be one of {', '.join(sorted(_KINDS))}, got {kind}")
+    return _KINDS[kind].from_state_dict(state, reserve=reserve)
+
+
+@register_store
 class DenseStore:
     """One layer's entries in contiguous buffers with room to append: K, V, positions, and scores if they are needed again.
 
@@ -30,6 +150,8 @@ class DenseStore:
         targets: the budget of each row, which may exceed its length; None: no budget.
         extra: further tensors ``[batch, ...]`` that some stage keeps beside the entries.
     """
+
+    kind: ClassVar[str] = "dense"
 
     def __init__(
         self,
@@ -112,6 +234,16 @@ class DenseStore:
         return max(self.lengths, default=0)
 
     @property
+    def head_lengths(self) -> list[list[int]]:
+        """`lengths` once for every head."""
+        return [[n] * self.keys.shape[1] for n in self.lengths]
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing was ever dropped."""
+        return self.lengths == self.seen
+
+    @property
     def is_uniform(self) -> bool:
         """All rows hold the same number of entries, so no mask is needed."""
         return min(self.lengths, default=0) == self.max_length
@@ -137,6 +269,29 @@ class DenseStore:
     def view(self) -> tuple[Tensor, Tensor]:
         """K and V up to the longest row: ``[batch, heads, max_length, head_dim]``, not copied."""
         return self.keys[:, :, : self.max_length], self.values[:, :, : self.max_length]
+
+    def padded_positions(self) -> Tensor:
+        """Positions as ``[batch, heads, max_length]`` int32, -1 behind a row's last entry."""
+        slots = torch.arange(self.max_length, device=self.keys.device)
+        held = slots < self.device_lengths[:, None, None]
+        return torch.where(held, self.positions[:, :, : self.max_length], -1)
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """K and V of a complete store as a left-padded prompt; copied only where rows differ in length."""
+        keys, values = self.view()
+        return (keys, values) if self.is_uniform else (self._right_aligned(keys), self._right_aligned(values))
+
+    def _right_aligned(self, t: Tensor) -> Tensor:
+        out = torch.zeros_like(t)
+        for row, n in enumerate(self.lengths):
+            out[row, :, t.shape[2] - n :] = t[row, :, :n]
+        return out
+
+    def attend(self, q: Tensor, *, softmax_scale: float) -> Tensor:
+        """Attention of the last tokens over their own rows. See `kvcompress.attend.attend`."""
+        keys, values = self.view()
+        ragged = None if self.is_uniform else self.device_lengths
+        return attend(q, keys, values, softmax_scale=softmax_scale, ends=self.lengths, device_ends=ragged)
 
     # --- growing
 

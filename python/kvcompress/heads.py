@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,10 +20,14 @@ class HeadBudget(Protocol):
     """Scores and mean entries a head -> entries of each head, ``[batch][heads]`` on the host, which sum to heads * mean.
 
     `scores` ``[batch, heads, seq_len]`` hold +inf where an entry is kept in any case, -inf or NaN where there is none. This waits
-    for the device once a layer.
+    for the device. `layer` is which of the compressed layers, from 0.
     """
 
-    def __call__(self, scores: Tensor, counts: Sequence[int]) -> list[list[int]]: ...
+    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> list[list[int]]: ...
+
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> list[list[int]]:
+        """What no head gets more of at these counts or smaller ones: the first cut, where the layer's budget is not final."""
+        ...
 
 
 def counts_in_global_top(scores: Tensor, totals: Sequence[int]) -> Tensor:
@@ -48,6 +53,8 @@ class AdaptiveHeads:
     Attributes:
         floor: weight of the equal share, in [0, 1] (the official floor_alpha).
         normalise: before the competition, scale a head by the share of its mass that its own top `base` hold.
+        skip: layers whose heads all get the same, the first ones.
+        equal_share: with "official" rounding, entries of the equal share in place of ``int(floor * base)``.
         rounding: "exact" sums to ``heads * base``; "official" rounds each share, half to even, from ``int(floor * base)``, and so
             misses the sum by up to a row a head; "safeguard" is kvpress's rule: each head first keeps its own best
             ``int(floor * mean)`` entries, the rest goes to the best of all heads.
@@ -56,6 +63,8 @@ class AdaptiveHeads:
     floor: float = 0.2
     normalise: bool = False
     rounding: Literal["exact", "official", "safeguard"] = "exact"
+    skip: int = 0
+    equal_share: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
@@ -64,33 +73,74 @@ class AdaptiveHeads:
             raise ValueError(
                 f'AdaptiveHeads: rounding must be "exact", "official" or "safeguard", got {self.rounding!r}'
             )
+        if self.skip < 0:
+            raise ValueError(f"AdaptiveHeads: skip must be at least 0 layers, got {self.skip}")
+        if self.equal_share is not None and self.rounding != "official":
+            raise ValueError(
+                f'AdaptiveHeads: equal_share must be None unless rounding is "official", got {self.equal_share} with '
+                f"{self.rounding!r}"
+            )
+        if self.normalise and self.rounding == "safeguard":
+            raise ValueError(
+                'AdaptiveHeads: normalise must be off for rounding "safeguard", which compares plain scores'
+            )
 
-    def __call__(self, scores: Tensor, counts: Sequence[int]) -> list[list[int]]:
+    def __call__(
+        self, scores: Tensor, counts: Sequence[int], *, layer: int = 0, weighed_at: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Entries of each head. `weighed_at` are other counts at which `normalise` takes its weights (LAVa's frozen order)."""
+        return self._split(scores, counts, layer, bound=False, weighed_at=weighed_at)
+
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+        """Shares rounded up, and at least what a head wins: both only fall with the counts, so later winners are all kept.
+
+        With `normalise` the competition itself changes with the counts; a head then keeps to what it has.
+        """
+        return self._split(scores, counts, layer, bound=True)
+
+    def _split(
+        self,
+        scores: Tensor,
+        counts: Sequence[int],
+        layer: int,
+        *,
+        bound: bool,
+        weighed_at: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         heads = scores.shape[1]
         forced = scores == torch.inf
         free = scores > -torch.inf  # neither padding nor NaN
-        forced_counts = forced.sum(-1)
-        free_counts = (free & ~forced).sum(-1)
         candidates = torch.where(free & ~forced, scores, -torch.inf)
-        # every head has as many forced entries as its row: taken from head 0, one wait for the device
-        per_row = torch.stack([forced_counts[:, 0], free_counts[:, 0]], 1).tolist()
-        base = [max(0, min(count - kept, left)) for count, (kept, left) in zip(counts, per_row)]
+        # forced and free entries of each head: the first of two waits for the device
+        known = torch.stack([forced.sum(-1), (free & ~forced).sum(-1)], 1).tolist()
+
+        def base_of(counts: Sequence[int]) -> list[int]:  # every head has as many forced entries as its row
+            return [max(0, min(n - kept[0], max(left))) for n, (kept, left) in zip(counts, known)]
+
+        base = base_of(counts)
+        if layer < self.skip:
+            return [[k + min(b, most) for k, most in zip(*row)] for b, row in zip(base, known)]
         if self.rounding == "safeguard":
-            return self._safeguarded(scores, counts, per_row).tolist()
+            return self._safeguarded(scores, counts, known).tolist()
         if self.normalise:
-            candidates = self._normalised(candidates, base)
+            candidates = self._normalised(candidates, base_of(weighed_at or counts))
         won = counts_in_global_top(candidates, [heads * b for b in base]).tolist()
         out = []
-        for row, b in enumerate(base):
-            kept, left = per_row[row]
+        for b, wins, (kept, left) in zip(base, won, known):
             if self.rounding == "official":
-                floor = int(b * self.floor)
-                shares = [min(round(n * (1 - self.floor) + floor), left) for n in won[row]]
+                shares = self._official(wins, b)
             else:
-                weights = [n * (1 - self.floor) + b * self.floor for n in won[row]]
-                shares = allocate(heads * b, weights, cap=[left] * heads)
-            out.append([kept + share for share in shares])
+                weights = [n * (1 - self.floor) + b * self.floor for n in wins]
+                shares = [math.ceil(w) for w in weights] if bound else allocate(heads * b, weights, cap=left)
+            if bound:
+                shares = [max(share, n) for share, n in zip(shares, wins)]
+            out.append([k + min(share, most) for k, share, most in zip(kept, shares, left)])
         return out
+
+    def _official(self, won: Sequence[int], base: int) -> list[int]:
+        """Shares in the official float32 arithmetic, each rounded by itself, halves to even."""
+        equal = int(base * self.floor) if self.equal_share is None else self.equal_share
+        return torch.round(torch.tensor(won) * (1 - self.floor) + equal).int().tolist()
 
     def _normalised(self, candidates: Tensor, base: Sequence[int]) -> Tensor:
         """Each head times (sum of its own top base) / (sum of all)."""
@@ -102,7 +152,7 @@ class AdaptiveHeads:
         ratio = top / finite.sum(-1)
         return torch.where(candidates > -torch.inf, candidates * ratio[..., None], -torch.inf)
 
-    def _safeguarded(self, scores: Tensor, counts: Sequence[int], per_row: list[list[int]]) -> Tensor:
+    def _safeguarded(self, scores: Tensor, counts: Sequence[int], known: list[list[list[int]]]) -> Tensor:
         heads = scores.shape[1]
         safe = [min(max(1, int(count * self.floor)), scores.shape[2]) for count in counts]
         own = topk(scores, max(safe), counts=torch.tensor(safe, dtype=torch.int32, device=scores.device))
@@ -110,5 +160,5 @@ class AdaptiveHeads:
         protected = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
         protected.scatter_(2, where, True)
         raised = torch.where(protected[..., :-1], torch.inf, scores)
-        totals = [heads * min(count, kept + left) for count, (kept, left) in zip(counts, per_row)]
+        totals = [heads * min(count, kept[0] + max(left)) for count, (kept, left) in zip(counts, known)]
         return counts_in_global_top(raised, totals)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from kvcompress.budget import Budget
-from kvcompress.cache import DenseStore
+from kvcompress.budget import Budget, Targets
+from kvcompress.cache import DenseStore, Store
+from kvcompress.heads import AdaptiveHeads, HeadBudget
 from kvcompress.layer import LayerState
+from kvcompress.ragged import RaggedStore
+from kvcompress.select import topk_heads
 from kvcompress.when import EveryStep, Prefill, When
 
-__all__ = ["Pipeline", "Stages"]
+__all__ = ["Pipeline", "Stages", "is_mass"]
+
+_WORTH = 8  # a waiting layer is cut again once its bound has come down by an eighth
 
 
 class Score(Protocol):
     """LayerState -> ``[batch, heads, seq_len]`` float32, higher = keep, +inf = must keep, -inf = padding.
 
     `queries` is how many of the last prompt queries it looks at. `by_position` says that the score is the position itself, so
-    that entries appended later are ranked like the first ones; other scores know nothing of later entries.
+    that entries appended later are ranked like the first ones; other scores know nothing of later entries. `is_mass`, where a
+    score has it, says that scores are never negative and that shares of their sum mean something.
     """
 
     @property
@@ -33,16 +40,26 @@ class Score(Protocol):
     def __call__(self, layer: LayerState) -> Tensor: ...
 
 
+def is_mass(score: Score) -> bool:
+    """Whether shares of the score's sum mean something; a score that does not say so has none."""
+    return getattr(score, "is_mass", False)
+
+
 class Select(Protocol):
     """Scores and counts -> ascending index ``[batch, heads, k]`` int32, -1 behind each row's count.
 
-    `forced` is how many entries it keeps whatever their score, so the least budget it accepts.
+    `forced` is how many entries it keeps whatever their score, so the least budget it accepts. `raised` marks them in the scores,
+    for heads that compete with each other.
     """
 
     @property
     def forced(self) -> int: ...
 
     def __call__(
+        self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> Tensor: ...
+
+    def raised(
         self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
     ) -> Tensor: ...
 
@@ -53,12 +70,12 @@ class Attend(Protocol):
     `inv_freq` is the model's rotary frequencies, ``[rotary_dim / 2]`` float32.
     """
 
-    def prepare(self, store: DenseStore, inv_freq: Tensor) -> None: ...
+    def prepare(self, store: Store, inv_freq: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What a method is made of: one answer for each question. Any combination that type-checks here runs."""
+    """What a method is made of: one answer for each question. Any combination that is not refused here runs."""
 
     score: Score
     budget: Budget
@@ -66,8 +83,39 @@ class Stages:
     when: When = field(default_factory=Prefill)
     attend: Attend | None = None
     reuse: int = 1  # layers that rank by the scores of the first of them
+    heads: HeadBudget | None = None  # how a layer's entries are split over its heads; None: equally
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads keep different numbers of entries."""
+        return self.heads is not None or self.budget.across_heads
 
     def __post_init__(self) -> None:
+        if self.budget.needs_mass and not is_mass(self.score):
+            raise ValueError(
+                f"Stages: score must be a mass, never negative, for {type(self.budget).__name__}, which compares shares of its "
+                f"sum, got {type(self.score).__name__}"
+            )
+        if isinstance(self.heads, AdaptiveHeads) and self.heads.normalise and not is_mass(self.score):
+            raise ValueError(
+                "Stages: score must be a mass, never negative, for heads that are normalised by shares of its sum, got "
+                f"{type(self.score).__name__}"
+            )
+        if self.heads is not None and self.budget.across_heads:
+            raise ValueError(
+                f"Stages: heads must be None for a budget that counts for each head itself, got {type(self.heads).__name__} "
+                f"with {type(self.budget).__name__}"
+            )
+        if self.is_ragged and isinstance(self.when, EveryStep):
+            raise ValueError(
+                "Stages: when must be Prefill for heads of different counts, which no eviction at a later step keeps up, "
+                "got EveryStep"
+            )
+        if self.is_ragged and self.attend is not None:
+            raise ValueError(
+                "Stages: attend must be None for heads of different counts, whose entries have no common slots to move, "
+                f"got {type(self.attend).__name__}"
+            )
         if self.reuse < 1:
             raise ValueError(f"Stages: reuse must be at least 1 layer, got {self.reuse}")
         if isinstance(self.when, EveryStep) and not self.score.by_position:
@@ -75,6 +123,33 @@ class Stages:
                 "Stages: when must be Prefill for a score that cannot rank tokens appended later, got EveryStep with "
                 f"{type(self.score).__name__}"
             )
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What a layer's entries are chosen by: scores of its whole prompt where heads differ, 4 bytes an entry; else None."""
+
+    index: int
+    lengths: list[int]
+    seq_start: Tensor | None
+    scores: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Unsettled:
+    """A layer that holds an upper bound of its budget."""
+
+    store: Store
+    ranked: _Ranked
+
+
+def _each(row: int | list[int]) -> list[int]:
+    return row if isinstance(row, list) else [row]
+
+
+def _mean(row: int | list[int]) -> int:
+    """Mean entries a head of a row's target, rounded up."""
+    return -(-sum(row) // len(row)) if isinstance(row, list) else row
 
 
 class Pipeline:
@@ -94,7 +169,7 @@ class Pipeline:
     def reset(self) -> None:
         """Forgets all measurements: the next prompt is a new one."""
         self._measured: dict[int, Tensor] = {}
-        self._unsettled: dict[int, DenseStore] = {}
+        self._unsettled: dict[int, _Unsettled] = {}
         self._shared: Tensor | None = None
 
     @property
@@ -119,36 +194,35 @@ class Pipeline:
         """Whether layers are cut to an upper bound only, because not all of them have been measured."""
         return bool(self._unsettled)
 
-    def compress(self, layer: LayerState, store: DenseStore | None = None) -> DenseStore:
+    def compress(self, layer: LayerState, store: Store | None = None) -> Store:
         """Scores, cuts and stores a layer whose prefill attention is done. Its full K and V can be freed afterwards.
 
         `store` holds the same prompt already, if the loop kept it as one (it came in chunks): it is returned as it is if
         nothing is dropped.
         """
-        budget, select = self.stages.budget, self.stages.select
+        budget = self.stages.budget
         if layer.index % self.stages.reuse == 0:
             self._shared = None  # of another group, or another prompt
         scores = functools.cache(lambda: self._score(layer))
-        targets = [max(target, select.forced) for target in budget.first(layer, scores)]
-        counts = [min(target, length) for target, length in zip(targets, layer.lengths)]
-        if counts == layer.lengths and not budget.deferred:  # nothing to drop: nothing is computed
-            if store is None:
-                store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
+        if budget.deferred and not budget.wants_residual:
+            self._measured[layer.index] = budget.measure(layer, self._raised(layer, scores))
+        if budget.tightens:
+            bounds = dict(enumerate(self._settled(layer.index + 1, layer.lengths)))
         else:
-            store = DenseStore.gathered(
-                layer.keys,
-                layer.values,
-                select(scores(), counts, seq_start=layer.seq_start),
-                counts,
-                layer.lengths,
-                scores=scores() if budget.deferred and not self.stages.score.by_position else None,
-                reserve=self.reserve,
-            )
-        store.targets = targets
+            bounds = {layer.index: [max(n, self.stages.select.forced) for n in budget.first(layer, scores)]}
+        final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
+        store = self._cut(layer, scores, bounds[layer.index], store, final=final)
         if budget.deferred:
-            self._unsettled[layer.index] = store
-            if not budget.wants_residual:
-                self._measured[layer.index] = budget.measure(layer, scores)
+            ranked = _Ranked(
+                layer.index, list(layer.lengths), layer.seq_start, scores() if self.stages.is_ragged else None
+            )
+            self._unsettled[layer.index] = _Unsettled(store, ranked)
+        if budget.tightens:
+            for index, targets in bounds.items():
+                self._cut_again(self._unsettled[index], targets, final=final)
+            if final:
+                self.reset()
+        else:
             self._settle()
         return store
 
@@ -161,6 +235,12 @@ class Pipeline:
             self._shared = scores
         return scores
 
+    def _raised(self, layer: LayerState, scores: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Scores as a budget measures them: where all heads compete, forced entries are +inf."""
+        if not self.stages.budget.across_heads:
+            return scores
+        return lambda: self.stages.select.raised(scores(), layer.lengths, seq_start=layer.seq_start)
+
     def observe_residual(self, index: int, importance: Tensor) -> None:
         """Takes the mean cosine ``[batch]`` of layer `index` (see `kvcompress.cosine_importance`)."""
         self._measured[index] = importance
@@ -170,39 +250,106 @@ class Pipeline:
         """Once all layers are measured and cut a first time: the final budgets, and the second cut down to them."""
         if len(self._measured) < self.num_layers or len(self._unsettled) < self.num_layers:
             return
-        layers = range(self.num_layers)
-        measured = [self._measured[i].cpu() for i in layers]  # the one wait for the device: once a prompt
-        stores = [self._unsettled[i] for i in layers]
-        final = self.stages.budget.settle(measured, stores[0].seen, floor=self.stages.select.forced)
-        for store, targets in zip(stores, final):
-            store.targets = targets
-            self.fit(store, targets)
-            store.scores = None
+        for index, targets in enumerate(self._settled(self.num_layers, self._unsettled[0].ranked.lengths)):
+            self._cut_again(self._unsettled[index], targets, final=True)
         self.reset()
+
+    def _settled(self, count: int, lengths: list[int]) -> Sequence[Targets]:
+        """What the budget makes of the first `count` layers' measurements: final for all layers, else upper bounds."""
+        budget, floor = self.stages.budget, self.stages.select.forced
+        measured = [self._measured[i] for i in range(count)]
+        if budget.across_heads:
+            return budget.settle_heads(measured, lengths, layers=self.num_layers, floor=floor)
+        measured = [t.cpu() for t in measured]  # the one wait for the device: once a prompt, or once a layer
+        return budget.settle(measured, lengths, layers=self.num_layers, floor=floor)
+
+    # --- cuts
+
+    def _cut(
+        self, layer: LayerState, scores: Callable[[], Tensor], targets: Targets, store: Store | None, *, final: bool
+    ) -> Store:
+        """A layer's first cut: to its budget, or to the upper bound of a budget that is not final."""
+        fits = all(n >= length for row, length in zip(targets, layer.lengths) for n in _each(row))
+        if fits and not self.stages.budget.deferred:  # nothing to drop: nothing is computed
+            if store is None:
+                store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
+        elif self.stages.is_ragged:
+            ranked = _Ranked(layer.index, list(layer.lengths), layer.seq_start, scores())
+            raised, per_head = self._split(ranked, targets, final=final)
+            index = topk_heads(raised, per_head, seq_start=layer.seq_start)
+            store = RaggedStore.gathered(layer.keys, layer.values, index, per_head, layer.lengths, reserve=self.reserve)
+        else:
+            counts = [min(_mean(row), length) for row, length in zip(targets, layer.lengths)]
+            keeps_scores = not final and not self.stages.score.by_position
+            store = DenseStore.gathered(
+                layer.keys,
+                layer.values,
+                self.stages.select(scores(), counts, seq_start=layer.seq_start),
+                counts,
+                layer.lengths,
+                scores=scores() if keeps_scores else None,
+                reserve=self.reserve,
+            )
+        store.targets = [
+            max(_mean(row), n) if self.stages.is_ragged else _mean(row) for row, n in zip(targets, store.lengths)
+        ]
+        return store
+
+    def _split(self, ranked: _Ranked, targets: Targets, *, final: bool) -> tuple[Tensor, list[list[int]]]:
+        """Scores in which forced entries are +inf, and the entries of each head."""
+        assert ranked.scores is not None
+        counts = [min(_mean(row), length) for row, length in zip(targets, ranked.lengths)]
+        raised = self.stages.select.raised(ranked.scores, counts, seq_start=ranked.seq_start)
+        heads = self.stages.heads
+        if heads is None:
+            return raised, [[min(n, length) for n in _each(row)] for row, length in zip(targets, ranked.lengths)]
+        return raised, (heads if final else heads.bound)(raised, counts, layer=ranked.index)
+
+    def _cut_again(self, waiting: _Unsettled, targets: Targets, *, final: bool) -> None:
+        """Down to the final budget, or to a bound that has come down by so much that the copy pays."""
+        store, ranked = waiting.store, waiting.ranked
+        wanted = sum(min(_mean(row), length) for row, length in zip(targets, ranked.lengths))
+        if not final and wanted * _WORTH > sum(store.lengths) * (_WORTH - 1):
+            return
+        if isinstance(store, RaggedStore):
+            raised, per_head = self._split(ranked, targets, final=final)
+            held = store.head_lengths
+            per_head = [[min(pair) for pair in zip(*rows)] for rows in zip(per_head, held)]
+            if per_head != held:
+                index = topk_heads(raised, per_head, seq_start=ranked.seq_start)
+                first = 0 if ranked.seq_start is None else ranked.seq_start[:, None, None]
+                store.keep(store.slots_of(torch.where(index >= 0, index - first, -1)), per_head)
+            store.targets = [max(_mean(row), n) for row, n in zip(targets, store.lengths)]
+            return
+        store.targets = [_mean(row) for row in targets]
+        self.fit(store, store.targets)
+        if final:
+            store.scores = None
 
     # --- later
 
-    def make_room(self, store: DenseStore, new: int) -> None:
+    def make_room(self, store: Store, new: int) -> None:
         """Before `new` tokens are stored: where eviction comes before attention, only `budget - new` old entries stay."""
         when = self.stages.when
         if isinstance(when, EveryStep) and when.before_attention and store.targets is not None:
             self.fit(store, [max(0, target - new) for target in store.targets])
 
-    def prepare(self, store: DenseStore, inv_freq: Tensor | None) -> None:
+    def prepare(self, store: Store, inv_freq: Tensor | None) -> None:
         """After the new tokens are stored, before they attend."""
         if self.stages.attend is not None:
             if inv_freq is None:
                 raise ValueError("Pipeline.prepare: inv_freq must be given for in-cache positions, got None")
             self.stages.attend.prepare(store, inv_freq)
 
-    def evict(self, store: DenseStore) -> None:
+    def evict(self, store: Store) -> None:
         """After the attention of a later forward: where eviction comes after attention, down to the budget again."""
         when = self.stages.when
         if isinstance(when, EveryStep) and not when.before_attention and store.targets is not None:
             self.fit(store, store.targets)
 
-    def fit(self, store: DenseStore, targets: Sequence[int]) -> None:
-        """Cuts a store to at most `targets` entries a row, by its kept scores, or by recency where it has none."""
+    def fit(self, store: Store, targets: Sequence[int]) -> None:
+        """Cuts a dense store to at most `targets` entries a row, by its kept scores, or by recency where it has none."""
+        assert isinstance(store, DenseStore), "heads of different counts are never cut at later steps"
         counts = [min(target, length) for target, length in zip(targets, store.lengths)]
         if counts == store.lengths:
             return

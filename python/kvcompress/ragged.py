@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvcompress.attend import attend
+from kvcompress.cache import register_store
 from kvcompress.decode import ragged_decode_attention
 from kvcompress.store import append_, gather, gather_ragged
 
 __all__ = ["RaggedStore"]
 
 _QUERIES = 8  # what one call of ragged_decode_attention takes
+_FEW = 32  # queries that go through it in turns; more attend head by head, as a prompt does
+_GROWTH = (
+    8  # a full room is renewed to an eighth of the mean length, at least to `reserve`: amortised O(1) copies a token
+)
 
 
+@register_store
 class RaggedStore:
     """One layer's entries with a length of its own for every row and head: packed buffers with room behind each head.
 
     Head h of row b owns the slots ``[start, start + capacity)`` of the packed buffers, its entries are the first
     ``head_lengths[b][h]`` of them, in ascending order of position; the room behind is finite and for tokens to come, so no
-    step copies the cache. A full room is renewed for all heads at once.
+    step copies the cache. A full room is renewed for all heads at once. Lengths live on the device: a decode step is one
+    launch that writes K, V and positions, and one that counts.
 
     Attributes:
         keys, values: ``[total, head_dim]``.
         positions: ``[total]`` int32.
         scores: ``[total]`` float32 as the score stage gave them (later entries +inf), or None.
-        head_lengths: stored entries of each row and head, on the host.
         seen: real tokens that each row has been given.
         targets: the budget of each row: mean entries a head; None: no budget.
         extra: further tensors ``[batch, ...]`` that some stage keeps beside the entries.
     """
+
+    kind: ClassVar[str] = "ragged"
 
     def __init__(
         self,
@@ -43,15 +53,15 @@ class RaggedStore:
         scores: Tensor | None = None,
         targets: Sequence[int] | None = None,
         reserve: int = 128,
+        room: int | None = None,
     ) -> None:
+        """Takes buffers in which every head has `room` free slots (None: `reserve`) behind its entries."""
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
-        self.head_lengths = [list(row) for row in head_lengths]
         self.seen = list(seen)
         self.targets = None if targets is None else list(targets)
         self.reserve = reserve
         self.extra: dict[str, Tensor] = {}
-        self._room = reserve  # free slots behind every head
-        self._locate()
+        self._locate(head_lengths, reserve if room is None else room)
 
     @classmethod
     def gathered(
@@ -69,7 +79,8 @@ class RaggedStore:
 
         Args:
             keys, values: ``[batch, num_kv_heads, seq_len, head_dim]``.
-            index: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count.
+            index: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count. More heads than the keys have
+                (a multiple) means storage per query head.
             head_lengths: those counts, ``[batch][heads]`` on the host.
             lengths: real tokens of each row.
             scores: ``[batch, heads, seq_len]`` float32 to keep for a later cut.
@@ -79,7 +90,7 @@ class RaggedStore:
         starts, total = _stretches(head_lengths, reserve)
         first = torch.tensor([seq_len - n for n in lengths], dtype=torch.int32, device=device)
         slots = torch.arange(seq_len, dtype=torch.int32, device=device)
-        positions = (slots - first[:, None])[:, None].expand(-1, index.shape[1], -1)
+        positions = (slots - first[:, None])[:, None]
         tensors = [keys, values, positions] if scores is None else [keys, values, positions, scores]
         row_start = torch.tensor(starts, dtype=torch.int64, device=device)
         kept = gather_ragged(tensors, index, row_start, total=total)
@@ -93,31 +104,53 @@ class RaggedStore:
             reserve=reserve,
         )
 
-    def _locate(self) -> None:
-        """Where each head starts and how long it is, on the device."""
-        starts, _ = _stretches(self.head_lengths, self._room)
-        flat = [n for row in self.head_lengths for n in row]
+    def _locate(self, head_lengths: Sequence[Sequence[int]], room: int) -> None:
+        """Where each head starts and how long it is, on the host and on the device."""
+        self._held = [list(row) for row in head_lengths]  # entries when last located; `_grown` came later
+        self._grown = [0] * len(self._held)
+        self._room = room  # free slots behind every head
+        self._longest = max((n for row in self._held for n in row), default=0)
+        starts, _ = _stretches(self._held, room)
+        flat = [n for row in self._held for n in row]
+        ends = [start + n for start, n in zip(starts, flat)]
+        following = [n for n, row in zip(self.seen, self._held) for _ in row]
+        self._starts = starts
         self._row_start = torch.tensor(starts, dtype=torch.int64, device=self.keys.device)
-        self._row_length = torch.tensor(flat, dtype=torch.int32, device=self.keys.device)
+        self._count(torch.tensor([flat, ends, following], dtype=torch.int32, device=self.keys.device))
+
+    def _count(self, counters: Tensor) -> None:
+        """Counters of every head, a row each, that a decode step counts on together."""
+        self._counters = counters
+        self._row_length, self._next_slot, self._next_position = counters.unbind()
 
     # --- what is there
 
     @property
     def batch(self) -> int:
-        return len(self.head_lengths)
+        return len(self._held)
 
     @property
     def heads(self) -> int:
-        return len(self.head_lengths[0]) if self.head_lengths else 0
+        return len(self._held[0]) if self._held else 0
+
+    @property
+    def head_lengths(self) -> list[list[int]]:
+        """Stored entries of each row and head, on the host."""
+        return [[n + grown for n in row] for row, grown in zip(self._held, self._grown)]
 
     @property
     def lengths(self) -> list[int]:
         """Mean entries a head of each row, rounded up."""
-        return [-(-sum(row) // max(len(row), 1)) for row in self.head_lengths]
+        return [-(-sum(row) // max(len(row), 1)) + grown for row, grown in zip(self._held, self._grown)]
 
     @property
     def max_length(self) -> int:
-        return max((n for row in self.head_lengths for n in row), default=0)
+        return self._longest + max(self._grown, default=0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing was ever dropped."""
+        return all(n == seen for row, seen in zip(self.head_lengths, self.seen) for n in row)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -125,17 +158,36 @@ class RaggedStore:
         return held if self.scores is None else {**held, "scores": self.scores}
 
     @property
+    def row_start(self) -> Tensor:
+        """First slot of each head, ``[batch * heads]`` int64 on the device."""
+        return self._row_start
+
+    @property
+    def row_lengths(self) -> Tensor:
+        """Entries of each head, ``[batch * heads]`` int32 on the device."""
+        return self._row_length
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers, room included: what the allocator holds for this layer."""
-        held = [*self.tensors.values(), *self.extra.values(), self._row_start, self._row_length]
+        held = [*self.tensors.values(), *self.extra.values(), self._row_start, self._counters]
         return sum(t.untyped_storage().nbytes() for t in held)
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """The packed buffers ``[total, head_dim]``, room included, not copied."""
+        return self.keys, self.values
 
     def attend(self, q: Tensor, *, softmax_scale: float) -> Tensor:
         """Attention of the last tokens over their own rows and heads. See `kvcompress.ragged_decode_attention`."""
-        new, parts = q.shape[2], []
+        new = q.shape[2]
+        if new > _FEW or not _is_supported(q):
+            return self._attend_by_head(q, softmax_scale)
+        parts = []
         for first in range(0, new, _QUERIES):
             last = min(first + _QUERIES, new)
-            lengths = self._row_length - (new - last)  # later tokens are stored already, but not visible yet
+            lengths = self.row_lengths
+            if last < new:
+                lengths = lengths - (new - last)  # later tokens are stored already, but not visible yet
             out, _, _ = ragged_decode_attention(
                 q[:, :, first:last],
                 self.keys,
@@ -148,68 +200,87 @@ class RaggedStore:
             parts.append(out)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
+    def _attend_by_head(self, q: Tensor, softmax_scale: float) -> Tensor:
+        group = q.shape[1] // self.heads
+        out = q.new_empty((*q.shape[:3], self.values.shape[-1]))
+        for at, (start, n) in enumerate(zip(self._starts, (n for row in self.head_lengths for n in row))):
+            row, head = divmod(at, self.heads)
+            mine = slice(head * group, (head + 1) * group)
+            keys, values = (t[None, None, start : start + n] for t in (self.keys, self.values))
+            out[row : row + 1, mine] = attend(q[row : row + 1, mine], keys, values, softmax_scale=softmax_scale)
+        return out
+
     # --- growing
 
     def append(self, keys: Tensor, values: Tensor, real: Sequence[int] | None = None) -> None:
         """Writes new tokens behind each head's entries, in place. Arguments as `DenseStore.append`."""
-        batch, heads, new, dim = keys.shape
-        added = [new] * batch if real is None else list(real)
-        grown = [[n + a for n in row] for row, a in zip(self.head_lengths, added)]
-        if max(added, default=0) > self._room:
-            self._repack(room=max(self.reserve, max(added)))
-        steps = torch.arange(new, dtype=torch.int32, device=keys.device)
-        order = steps.expand(batch, new)
-        if min(added, default=new) < new:
-            skipped = torch.tensor([new - a for a in added], dtype=torch.int32, device=keys.device)
-            order = order - skipped[:, None]  # -1 and below are padding
-        ends = (self._row_start + self._row_length).view(batch, heads, 1)
-        slots = torch.where(order[:, None] >= 0, ends + order[:, None], -1).int()
-        seen = torch.tensor(self.seen, dtype=torch.int32, device=keys.device)
-        positions = (seen[:, None] + order)[:, None].expand(batch, heads, new).contiguous()
+        new, dim = keys.shape[2:]
+        added = [new] * self.batch if real is None else list(real)
+        most = max(added, default=0)
+        repeats = self.heads // keys.shape[1]
+        if repeats > 1:
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+        if most > self._room:
+            self._repack(room=max(self.reserve, most, max(self.lengths) // _GROWTH))
+        slots, positions = self._next_slot, self._next_position
+        step: Tensor | int = new
+        if new > 1 or min(added, default=new) < new:
+            slots, positions, step = self._places(new, added)
         rows = [keys.reshape(1, 1, -1, dim), values.reshape(1, 1, -1, dim), positions.reshape(1, 1, -1)]
         buffers = [self.keys[None, None], self.values[None, None], self.positions[None, None]]
         if self.scores is not None:
-            rows.append(torch.full((1, 1, batch * heads * new), torch.inf, device=keys.device))
+            rows.append(torch.full((1, 1, rows[2].shape[2]), torch.inf, device=keys.device))
             buffers.append(self.scores[None, None])
-        append_(buffers, rows, slots.view(1, -1))
-        self._room -= max(added, default=0)
-        self.head_lengths = grown
+        append_(buffers, rows, slots.reshape(1, -1))
+        self._counters.add_(step)
+        self._room -= most
+        self._grown = [n + a for n, a in zip(self._grown, added)]
         self.seen = [n + a for n, a in zip(self.seen, added)]
-        grow = torch.tensor(added, dtype=torch.int32, device=keys.device)
-        self._row_length = self._row_length + grow.repeat_interleave(heads)
 
-    def _pick(self, source: Tensor, head_lengths: Sequence[Sequence[int]], room: int) -> None:
-        """New buffers from packed rows of the old ones: `source` holds absolute slots, heads one after the other."""
-        total = source.shape[0]
-        flat = torch.tensor([n for row in head_lengths for n in row], dtype=torch.int64, device=source.device)
-        head = torch.repeat_interleave(torch.arange(len(flat), device=source.device), flat, output_size=total)
-        index = torch.full((total + len(flat) * room,), -1, dtype=torch.int32, device=source.device)
-        index[torch.arange(total, device=source.device) + head * room] = source.int()
-        picked = gather([t[None, None] for t in self.tensors.values()], index[None, None])
-        for name, tensor in zip(self.tensors, picked):
-            setattr(self, name, tensor[0, 0])
-        self.head_lengths = [list(row) for row in head_lengths]
-        self._room = room
-        self._locate()
-
-    def _slots(self) -> Tensor:
-        """Absolute slots of all entries, heads one after the other."""
-        total = sum(n for row in self.head_lengths for n in row)
-        lengths = self._row_length.long()
-        before = torch.cumsum(lengths, 0) - lengths
-        shift = torch.repeat_interleave(self._row_start - before, lengths, output_size=total)
-        return torch.arange(total, device=self.keys.device) + shift
-
-    def _repack(self, room: int) -> None:
-        self._pick(self._slots(), self.head_lengths, room)
+    def _places(self, new: int, added: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots and positions ``[batch * heads, new]`` of tokens that may be padding, and what each head's counters grow by."""
+        device = self.keys.device
+        grown = torch.tensor(added, dtype=torch.int32, device=device).repeat_interleave(self.heads)
+        order = torch.arange(new, dtype=torch.int32, device=device) - (new - grown)[:, None]  # below 0: padding
+        slots = torch.where(order >= 0, self._next_slot[:, None] + order, -1)
+        return slots, self._next_position[:, None] + order, grown
 
     # --- shrinking
 
     def keep(self, index: Tensor, head_lengths: Sequence[Sequence[int]]) -> None:
         """Keeps the entries `index` ``[batch, heads, k]`` of each head (as in `gathered`), giving the bytes of all others back."""
-        kept = index.flatten(0, 1)
-        rows, columns = torch.nonzero(kept >= 0, as_tuple=True)
-        self._pick(self._row_start[rows] + kept[rows, columns], head_lengths, self.reserve)
+        index = index.flatten(0, 1)
+        source = torch.where(index >= 0, self._row_start[:, None] + index, -1)
+        self._pick(source, head_lengths, self.reserve)
+
+    def slots_of(self, positions: Tensor) -> Tensor:
+        """Where stored entries lie in their heads, from their positions ``[batch, heads, k]`` int32 (-1: none), ascending."""
+        held = self.padded_positions()
+        held = torch.where(held < 0, torch.iinfo(torch.int32).max, held)
+        slots = torch.searchsorted(held, positions.clamp_min(0), out_int32=True)
+        return torch.where(positions < 0, -1, slots)
+
+    def _pick(self, source: Tensor, head_lengths: Sequence[Sequence[int]], room: int) -> None:
+        """New buffers of the old slots `source` ``[rows * heads, k]``, ascending, -1 behind each head's new length."""
+        starts, total = _stretches(head_lengths, room)
+        start = torch.tensor(starts, dtype=torch.int64, device=source.device)[:, None]
+        to = torch.where(source >= 0, start + torch.arange(source.shape[1], device=source.device), total)
+        index = torch.full(
+            (total + 1,), -1, dtype=torch.int32, device=source.device
+        )  # the last one takes what is no entry
+        index.scatter_(0, to.flatten(), source.flatten().int())
+        picked = gather([t[None, None] for t in self.tensors.values()], index[None, None, :total])
+        for name, tensor in zip(self.tensors, picked):
+            setattr(self, name, tensor[0, 0])
+        self._locate(head_lengths, room)
+
+    def _source(self) -> Tensor:
+        """Slots of all entries ``[batch * heads, max_length]``, -1 behind each head's last one."""
+        column = torch.arange(self.max_length, device=self.keys.device)
+        return torch.where(column < self.row_lengths[:, None], self._row_start[:, None] + column, -1)
+
+    def _repack(self, room: int) -> None:
+        self._pick(self._source(), self.head_lengths, room)
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens of every row (rejected drafts)."""
@@ -218,48 +289,60 @@ class RaggedStore:
             raise ValueError(
                 f"RaggedStore.crop: tokens must be at most the shortest head's {shortest} entries, got {tokens}"
             )
-        self.head_lengths = [[n - tokens for n in row] for row in self.head_lengths]
+        self._grown = [n - tokens for n in self._grown]
         self.seen = [n - tokens for n in self.seen]
         self._room += tokens
-        self._row_length = self._row_length - tokens
+        self._counters.sub_(tokens)
 
     # --- the batch
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes the old row ``rows[i]`` (beam search, repeats, sub-batches)."""
-        picked = rows.tolist()
-        slots = self._slots()
-        counts = [sum(row) for row in self.head_lengths]
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
-        source = torch.cat([slots[bounds[i] : bounds[i + 1]] for i in picked]) if picked else slots[:0]
-        self._pick(source, [self.head_lengths[i] for i in picked], self._room)
-        self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
+    def select_rows(self, rows: Tensor, picked: list[int] | None = None) -> None:
+        """Row i becomes the old row ``rows[i]`` (beam search, repeats, sub-batches). `picked` is the same on the host."""
+        picked = rows.tolist() if picked is None else picked
+        if picked == list(range(self.batch)):
+            return
+        source = self._source().view(self.batch, self.heads, -1)
+        source = source.index_select(0, rows.to(source.device)).flatten(0, 1)
+        head_lengths = self.head_lengths
         self.seen = [self.seen[i] for i in picked]
         self.targets = None if self.targets is None else [self.targets[i] for i in picked]
+        self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
+        self._pick(source, [head_lengths[i] for i in picked], self._room)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device, non_blocking=non_blocking))
         self.extra = {name: t.to(device, non_blocking=non_blocking) for name, t in self.extra.items()}
         self._row_start = self._row_start.to(device, non_blocking=non_blocking)
-        self._row_length = self._row_length.to(device, non_blocking=non_blocking)
+        self._count(self._counters.to(device, non_blocking=non_blocking))
+
+    # --- all heads side by side
+
+    def _padded(self, t: Tensor) -> Tensor:
+        """Packed ``[total, ...]`` as ``[batch, heads, max_length, ...]``, zeros behind each head's entries."""
+        source = self._source().int()[None, None]
+        return gather([t[None, None]], source.view(1, 1, -1))[0].view(self.batch, self.heads, -1, *t.shape[1:])
 
     def padded_positions(self) -> Tensor:
         """Positions as ``[batch, heads, max_length]`` int32, -1 behind a head's entries."""
-        out = torch.full((self.batch, self.heads, self.max_length), -1, dtype=torch.int32, device=self.keys.device)
-        inside = torch.arange(self.max_length, device=self.keys.device) < self._row_length.view(
-            self.batch, self.heads, 1
-        )
-        out[inside] = self.positions[self._slots()]
-        return out
+        held = self._source().view(self.batch, self.heads, -1) >= 0
+        return torch.where(held, self._padded(self.positions), -1)
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """K and V of a complete store as a left-padded prompt, copied: all heads of a row hold the same positions."""
+        keys, values = self._padded(self.keys), self._padded(self.values)
+        longest = keys.shape[2]
+        for row, n in enumerate(self.seen):
+            if n < longest:
+                keys[row], values[row] = keys[row].roll(longest - n, 1), values[row].roll(longest - n, 1)
+        return keys, values
 
     # --- saving
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The stored entries without room, and the counters."""
-        slots = self._slots()
+        """The stored entries without room, head after head, and the counters."""
+        column = torch.arange(self.max_length, device=self.keys.device)
+        slots = self._source()[column < self.row_lengths[:, None]]
         state = {name: t[slots] for name, t in self.tensors.items()}
         state |= {"head_lengths": torch.tensor(self.head_lengths), "seen": torch.tensor(self.seen)}
         if self.targets is not None:
@@ -276,10 +359,10 @@ class RaggedStore:
             seen=state["seen"].tolist(),
             scores=state.get("scores"),
             targets=state["targets"].tolist() if "targets" in state else None,
-            reserve=0,
+            reserve=reserve,
+            room=0,
         )
         store.extra = {name.removeprefix("extra."): t for name, t in state.items() if name.startswith("extra.")}
-        store.reserve = reserve
         store._repack(reserve)
         return store
 
@@ -292,3 +375,10 @@ def _stretches(head_lengths: Sequence[Sequence[int]], room: int) -> tuple[list[i
             starts.append(start)
             start += n + room
     return starts, start
+
+
+def _is_supported(q: Tensor) -> bool:
+    """Whether `ragged_decode_attention` takes the query: its dtypes and head dims, and no gradient."""
+    dim = q.shape[3]
+    fits = dim % 8 == 0 and 0 < dim <= 256 and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and not (torch.is_grad_enabled() and q.requires_grad)

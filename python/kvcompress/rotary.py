@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.cache import DenseStore
+from kvcompress.cache import Store
 
 __all__ = ["SinkRotation", "rerotate"]
 
@@ -55,7 +55,7 @@ class SinkRotation:
 
     sink: int
 
-    def prepare(self, store: DenseStore, inv_freq: Tensor) -> None:
+    def prepare(self, store: Store, inv_freq: Tensor) -> None:
         # sinks sit at 0 .. sink-1, the window ends at the last token seen: the gap between them is what was evicted
         gaps = [seen - length for seen, length in zip(store.seen, store.lengths)]
         if self.sink == 0 or not any(gaps):

@@ -267,6 +267,7 @@ class WindowAttention:
     kernel_size: int = 1
     pool_first: bool = False
     by_position = False
+    is_mass = True
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -332,6 +333,7 @@ class ReceivedAttention:
     per_viewer: bool = False
     shared: bool = False
     by_position = False
+    is_mass = True
 
     def __post_init__(self) -> None:
         if self.queries < 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress import _check
 
-__all__ = ["TopK", "TopKRecent", "topk"]
+__all__ = ["TopK", "TopKRecent", "topk", "topk_heads"]
 
 _MAX_INT32 = 2**31 - 1
 
@@ -82,6 +82,22 @@ def _(
     return scores.new_empty((batch, heads, k), dtype=torch.int32)
 
 
+def topk_heads(scores: Tensor, counts: Sequence[Sequence[int]], *, seq_start: Tensor | None = None) -> Tensor:
+    """`topk` with a count for every row and head: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count.
+
+    Args:
+        scores: ``[batch, heads, seq_len]`` float32, +inf where an entry is kept in any case.
+        counts: ``[batch][heads]`` on the host.
+        seq_start: ``[batch]`` int32, first real entry of each row.
+    """
+    batch, heads, seq_len = scores.shape
+    flat = [n for row in counts for n in row]
+    per_head = torch.tensor(flat, dtype=torch.int32, device=scores.device)
+    starts = None if seq_start is None else seq_start.repeat_interleave(heads)
+    kept = topk(scores.reshape(batch * heads, 1, seq_len), max(flat, default=0), counts=per_head, seq_start=starts)
+    return kept.view(batch, heads, -1)
+
+
 # --- select stages
 
 
@@ -112,6 +128,12 @@ class TopK:
         window = min(self.window, k - sink)
         return topk(scores, k, sink=sink, window=window, counts=per_row, seq_start=seq_start, seq_end=seq_end)
 
+    def raised(
+        self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> Tensor:
+        """The scores with +inf where an entry is kept whatever it has, and -inf where there is none."""
+        return _raised(scores, self.sink, self.window, seq_start, seq_end)
+
 
 @dataclass(frozen=True)
 class TopKRecent:
@@ -134,9 +156,25 @@ class TopKRecent:
     def __call__(
         self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
     ) -> Tensor:
-        recent = torch.tensor([int(self.recent * n) for n in counts], dtype=torch.int32, device=scores.device)
-        column = torch.arange(scores.shape[2], device=scores.device)
-        end = scores.shape[2] if seq_end is None else seq_end
-        is_recent = column >= (end - recent)[:, None]
-        forced = scores.masked_fill(is_recent[:, None], torch.inf)
+        forced = self.raised(scores, counts, seq_start=seq_start, seq_end=seq_end)
         return TopK()(forced, counts, seq_start=seq_start, seq_end=seq_end)
+
+    def raised(
+        self, scores: Tensor, counts: Sequence[int], *, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> Tensor:
+        """As `TopK.raised`. Heads of different counts share the recent zone of their row's mean."""
+        recent = torch.tensor([int(self.recent * n) for n in counts], dtype=torch.int32, device=scores.device)
+        return _raised(scores, 0, recent[:, None], seq_start, seq_end)
+
+
+def _raised(
+    scores: Tensor, sink: int, window: int | Tensor, seq_start: Tensor | None, seq_end: Tensor | None
+) -> Tensor:
+    """+inf at the first `sink` and the last `window` real entries of each row, -inf outside the real ones."""
+    column = torch.arange(scores.shape[2], device=scores.device)
+    start = 0 if seq_start is None else seq_start[:, None]
+    end = scores.shape[2] if seq_end is None else seq_end[:, None]
+    forced = (column < start + sink) | (column >= end - window)
+    outside = (column < start) | (column >= end)
+    shape = (-1, 1, scores.shape[2])  # [batch, 1, seq_len], or one row for all
+    return scores.masked_fill(forced.view(shape), torch.inf).masked_fill(outside.view(shape), -torch.inf)

@@ -28,8 +28,7 @@ def test_ties_go_to_the_smaller_head(device):
     assert counts_in_global_top(torch.ones(1, 3, 4, device=device), [6]).tolist() == [[4, 2, 0]]
 
 
-@pytest.mark.parametrize("rounding", ["exact", "safeguard"])
-@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(("rounding", "normalise"), [("exact", False), ("exact", True), ("safeguard", False)])
 @pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
 def test_sums_exactly(rounding, normalise, floor, device):
     scores = scores_of(3, 4, 60, device, forced=5)
@@ -59,7 +58,14 @@ def test_official_rounding(device):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [({"floor": 1.5}, "floor must be in"), ({"rounding": "up"}, "rounding must be")]
+    ("arguments", "words"),
+    [
+        ({"floor": 1.5}, "floor must be in"),
+        ({"rounding": "up"}, "rounding must be"),
+        ({"skip": -1}, "skip must be at least 0 layers, got -1"),
+        ({"equal_share": 3}, 'equal_share must be None unless rounding is "official", got 3'),
+        ({"rounding": "safeguard", "normalise": True}, 'normalise must be off for rounding "safeguard"'),
+    ],
 )
 def test_refuses(arguments, words):
     with pytest.raises(ValueError, match=words):

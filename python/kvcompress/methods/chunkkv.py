@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, create, inner_stages, register
-from kvcompress.pipeline import Score, Stages
+from kvcompress.pipeline import Score, Stages, is_mass
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Chunks:
     @property
     def queries(self) -> int:
         return self.inner.queries
+
+    @property
+    def is_mass(self) -> bool:
+        return is_mass(self.inner)
 
     def __call__(self, layer: LayerState) -> Tensor:
         scores = self.inner(layer)

@@ -72,6 +72,7 @@ class RowEnergy:
     sink: int
     seed: int
     by_position = False
+    is_mass = True
     queries = 0
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class FutureAttention:
     value_norm: bool
     epsilon: float
     by_position = False
+    is_mass = True
     queries = ALL_QUERIES
 
     def __post_init__(self) -> None:

@@ -72,6 +72,10 @@ class OutputPerturbation:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"OutputPerturbation: kernel_size must be odd and positive, got {self.kernel_size}")
 
+    @property
+    def is_mass(self) -> bool:
+        return self.p == 2  # norms, not signed sums
+
     def __call__(self, layer: LayerState) -> Tensor:
         batch, heads, seq_len, _ = layer.keys.shape
         queries = layer.window(self.queries)

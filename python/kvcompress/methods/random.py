@@ -44,6 +44,7 @@ class RandomScore:
 
     seed: int
     by_position = False
+    is_mass = True
     queries = 0
 
     @score.row_by_row

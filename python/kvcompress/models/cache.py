@@ -233,7 +233,8 @@ class CompressedCache(Cache):
         for layer in self._compressed:
             seen = [] if layer.store is None else list(layer.store.seen)
             entries = [] if layer.store is None else list(layer.store.lengths)
-            layers.append(LayerStats(layer.layer_idx, seen, entries, layer.nbytes, self._scorer(layer)))
+            heads = [] if layer.store is None else layer.store.head_lengths
+            layers.append(LayerStats(layer.layer_idx, seen, entries, heads, layer.nbytes, self._scorer(layer)))
         others = (layer for layer in self.layers if not isinstance(layer, CompressedLayer))
         nbytes = sum(layer.nbytes for layer in layers) + sum(_held_bytes(layer) for layer in others)
         name = "full cache" if self.method is None else str(self.method)
@@ -260,9 +261,7 @@ class CompressedCache(Cache):
             raise ValueError(
                 f"CompressedCache.positions: layer must be a compressed layer that holds entries, got {layer}"
             )
-        slots = torch.arange(store.max_length, device=store.keys.device)
-        held = slots < store.device_lengths[:, None, None]
-        return torch.where(held, store.positions[:, :, : store.max_length], -1)
+        return store.padded_positions()
 
     # --- saving
 

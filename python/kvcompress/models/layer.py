@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.attend import attend
 from kvcompress.budget import cosine_importance
-from kvcompress.cache import DenseStore
+from kvcompress.cache import DenseStore, Store, load_store
 from kvcompress.layer import LayerState
 from kvcompress.models.rows import Rows
 from kvcompress.pipeline import Pipeline
@@ -51,7 +51,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets everything: the next forward is a new prompt."""
-        self.store: DenseStore | None = None
+        self.store: Store | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.columns = 0
         self.is_cut = False
@@ -78,12 +78,12 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Stored keys without the room behind them."""
+        """Stored keys as they lie: without the room behind them, or packed with it."""
         return None if self.store is None else self.store.view()[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """Stored values without the room behind them."""
+        """Stored values likewise."""
         return None if self.store is None else self.store.view()[1]
 
     @property
@@ -127,7 +127,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def is_complete(self) -> bool:
         """Nothing was ever dropped."""
-        return self.store is not None and self.store.lengths == self.store.seen
+        return self.store is not None and self.store.is_complete
 
     def prompt(
         self,
@@ -183,11 +183,8 @@ class CompressedLayer(CacheLayerMixin):
         return out
 
     def _attend(self, query: Tensor) -> Tensor:
-        store = self.store
-        assert store is not None
-        keys, values = store.view()
-        ragged = None if store.is_uniform else store.device_lengths
-        return attend(query, keys, values, softmax_scale=self.softmax_scale, ends=store.lengths, device_ends=ragged)
+        assert self.store is not None
+        return self.store.attend(query, softmax_scale=self.softmax_scale)
 
     def _take(self, rows: Rows | None) -> tuple[Tensor, Tensor, list[int] | None]:
         """The tokens that `update` holds, and how many of them are real in each row (None: all)."""
@@ -250,13 +247,10 @@ class CompressedLayer(CacheLayerMixin):
     def _cut_stored(self) -> None:
         store = self.store
         assert store is not None
-        keys, values = store.view()
-        if not store.is_uniform:
-            keys, values = (_right_aligned(t, store.lengths) for t in (keys, values))
-        self._cut(keys, values, self._queries, store.seen, store)
+        self._cut(*store.prompt(), self._queries, store.seen, store)
 
     def _cut(
-        self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int], store: DenseStore | None = None
+        self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int], store: Store | None = None
     ) -> None:
         assert self.pipeline is not None
         start = None
@@ -424,27 +418,21 @@ class CompressedLayer(CacheLayerMixin):
         at_work = self.pipeline is not None and (
             self.pipeline.evicts_later or (not self.prompt_over and self.is_complete)
         )
+        kind = None if self.store is None else self.store.kind
         names = ("columns", "is_cut", "prompt_over", "cut_from", "softmax_scale", "_trailing", "_since_cut")
         numbers = {name: getattr(self, name) for name in names}
-        return state, {"kind": "compressed", "needs_method": at_work, **numbers}
+        return state, {"kind": "compressed", "store": kind, "needs_method": at_work, **numbers}
 
     def load_state_dict(self, state: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken."""
         self.reset()
         prefix = "store."
         stored = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
-        self.store = DenseStore.from_state_dict(stored, reserve=self.reserve) if stored else None
+        self.store = load_store(numbers.get("store", "dense"), stored, reserve=self.reserve) if stored else None
         self._queries = state.get("queries")
         for i in range(sum(name.startswith("cosines.") for name in state)):
             self._cosines.append((state[f"cosines.{i}"], state[f"cosine_tokens.{i}"].tolist()))
         for name, number in numbers.items():
-            if name not in ("kind", "needs_method"):
+            if name not in ("kind", "store", "needs_method"):
                 setattr(self, name, number)
 
-
-def _right_aligned(t: Tensor, lengths: list[int]) -> Tensor:
-    """Entries at the front of each row ``[batch, heads, max_length, dim]`` moved to its end, as a left-padded prompt."""
-    out = torch.zeros_like(t)
-    for row, n in enumerate(lengths):
-        out[row, :, t.shape[2] - n :] = t[row, :, :n]
-    return out
