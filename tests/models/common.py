@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvcompress.methods import create
@@ -18,6 +20,11 @@ def methods(budget=BUDGET):
     return {
         "snapkv": snapkv,
         "snapkv_q_heads": create("snapkv", budget=budget, window=8, kernel_size=3, group_reduce="none"),
+        "snapkv_adakv": create("adakv", budget=budget, inner=snapkv),
+        "snapkv_adakv_q_heads": create("adakv", budget=budget, inner=replace(snapkv, group_reduce="none")),
+        "squeeze_snapkv_adakv": create(
+            "squeeze_attention", budget=budget, inner=create("adakv", budget=budget, inner=snapkv), p=0.5
+        ),
         "streaming_llm": streaming,
         "streaming_llm_once": create("streaming_llm", budget=budget, rolling=False),
         "sliding_window": sliding,

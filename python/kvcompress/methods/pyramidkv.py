@@ -30,12 +30,12 @@ class PyramidKV(SnapKV):
     Attributes:
         budget: mean entries a head keeps in a layer, window included.
         beta: how far the last layer falls below the mean.
-        allocation: "exact", "official" or "kvpress".
+        allocation: "exact", "official", "kvpress", or "adakv": AdaKV's copy of the official line, without its uniform case.
     """
 
     window: int = 8
     beta: int = 20
-    allocation: Literal["exact", "official", "kvpress"] = "exact"
+    allocation: Literal["exact", "official", "kvpress", "adakv"] = "exact"
 
     def stages(self) -> Stages:
         line = budget.Pyramid(self.budget, self.window, beta=self.beta, allocation=self.allocation)
