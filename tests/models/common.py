@@ -25,6 +25,7 @@ def methods(budget=BUDGET):
         "squeeze_snapkv_adakv": create(
             "squeeze_attention", budget=budget, inner=create("adakv", budget=budget, inner=snapkv), p=0.5
         ),
+        "snapkv_lava": create("lava", budget=budget, window=8, kernel_size=3),
         "streaming_llm": streaming,
         "streaming_llm_once": create("streaming_llm", budget=budget, rolling=False),
         "sliding_window": sliding,

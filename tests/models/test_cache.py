@@ -55,12 +55,13 @@ def test_bytes_fall_with_the_budget(llama, name):
     with attach(llama):
         for cache in (full, cut):
             llama(prompt(llama, 300), past_key_values=cache)
-    heads = 2 if name == "snapkv_q_heads" else 1  # stored for each of two query heads
+    heads = 2 if name.endswith("q_heads") else 1  # stored for each of two query heads
     assert cut.stats().nbytes < 0.25 * heads * full.stats().nbytes
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for layer in cut.layers
-        for t in layer.store.tensors.values()
+        for t in vars(layer.store).values()
+        if isinstance(t, torch.Tensor)
     }
     assert cut.stats().nbytes == sum(held.values())
 
@@ -132,6 +133,17 @@ def test_stats_say_what_happened(llama):
     text = str(stats)
     assert f"{PROMPT + 11} tokens" in text
     assert f"{BUDGET + 11}/{PROMPT + 11} entries" in text
+    assert stats.layers[2].head_entries == [[BUDGET + 11] * SHAPE["num_key_value_heads"]]
+
+
+def test_stats_of_heads_that_differ(llama):
+    cache = cache_of(llama, method("snapkv_adakv"))
+    generate(llama, cache, prompt(llama))
+    for layer in cache.stats().layers:
+        (heads,) = layer.head_entries
+        assert sum(heads) == len(heads) * (BUDGET + 11)
+    assert any(len(set(layer.head_entries[0])) > 1 for layer in cache.stats().layers)
+    assert " a head) entries" in str(cache.stats())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,10 +154,11 @@ def test_positions_ascend_and_end_at_the_last_token(model, name):
     for stats in cache.stats().layers:
         positions = cache.positions(stats.layer)
         assert positions.dtype == torch.int32
-        for row, (count, seen) in enumerate(zip(stats.entries, stats.logical)):
-            assert (positions[row, :, :count].diff(dim=-1) > 0).all()
-            assert (positions[row, :, count - 1] == seen - 1).all()
-            assert (positions[row, :, count:] == -1).all()
+        for row, (heads, seen) in enumerate(zip(stats.head_entries, stats.logical)):
+            for held, count in zip(positions[row], heads):
+                assert (held[:count].diff() > 0).all()
+                assert held[count - 1] == seen - 1
+                assert (held[count:] == -1).all()
 
 
 # --- errors

@@ -108,7 +108,7 @@ class Attachment:
         factor = getattr(block, "residual_multiplier", 1.0)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name changed in transformers 5.24
             self._stream.open = None
             if isinstance(cache, CompressedCache) and cache.wants_residual(layer_idx):
                 hidden: Tensor = args[0] if args else kwargs["hidden_states"]
