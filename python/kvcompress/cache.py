@@ -13,6 +13,7 @@ from kvcompress.store import append_, compact_, gather
 
 __all__ = ["DenseStore", "Store", "load_store", "register_store"]
 
+_BESIDE = "beside."
 _GROWTH = 8  # a full buffer grows by an eighth, at least by `reserve`: amortised O(1) copies a token
 
 
@@ -148,7 +149,8 @@ class DenseStore:
         lengths: stored entries of each row, on the host.
         seen: real tokens that each row has been given, so the position of its next token.
         targets: the budget of each row, which may exceed its length; None: no budget.
-        extra: further tensors ``[batch, ...]`` that some stage keeps beside the entries.
+        extra: further tensors ``[batch, ...]`` that some stage keeps.
+        beside: further tensors ``[batch, heads, capacity, ...]`` float32: numbers of each entry, which move with it.
     """
 
     kind: ClassVar[str] = "dense"
@@ -167,6 +169,8 @@ class DenseStore:
     ) -> None:
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
         self.extra: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
+        self._fills: dict[str, float] = {}
         self.targets = None if targets is None else list(targets)
         self.lengths = list(lengths)
         self.seen = list(self.lengths if seen is None else seen)
@@ -251,7 +255,20 @@ class DenseStore:
     @property
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self.keys, "values": self.values, "positions": self.positions}
-        return held if self.scores is None else {**held, "scores": self.scores}
+        if self.scores is not None:
+            held["scores"] = self.scores
+        return {**held, **{_BESIDE + name: t for name, t in self.beside.items()}}
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        """Replaces one of `tensors`."""
+        if name.startswith(_BESIDE):
+            self.beside[name.removeprefix(_BESIDE)] = tensor
+        else:
+            setattr(self, name, tensor)
+
+    def put_beside(self, name: str, tensor: Tensor, *, fill: float) -> None:
+        """Keeps numbers ``[batch, heads, capacity, ...]`` float32 beside the entries; those of entries to come are `fill`."""
+        self.beside[name], self._fills[name] = tensor, fill
 
     @property
     def nbytes(self) -> int:
@@ -277,7 +294,7 @@ class DenseStore:
         return torch.where(held, self.positions[:, :, : self.max_length], -1)
 
     def prompt(self) -> tuple[Tensor, Tensor]:
-        """K and V of a complete store as a left-padded prompt; copied only where rows differ in length."""
+        """K and V as of a left-padded prompt; copied only where rows differ in length."""
         keys, values = self.view()
         return (keys, values) if self.is_uniform else (self._right_aligned(keys), self._right_aligned(values))
 
@@ -324,6 +341,8 @@ class DenseStore:
                 self.positions[:, :, span] = (seen[:, None] + steps)[:, None]
             if self.scores is not None:
                 self.scores[:, :, span] = torch.inf
+            for name, tensor in self.beside.items():
+                tensor[:, :, span] = self._fills[name]
         else:
             steps = torch.arange(new, dtype=torch.int32, device=keys.device)
             skipped = torch.tensor([new - a for a in added], dtype=torch.int32, device=keys.device)[:, None]
@@ -336,6 +355,9 @@ class DenseStore:
             if self.scores is not None:
                 rows.append(torch.full_like(rows[2], torch.inf, dtype=torch.float32))
                 buffers.append(self.scores)
+            for name, tensor in self.beside.items():
+                rows.append(tensor.new_full((*tensor.shape[:2], new, *tensor.shape[3:]), self._fills[name]))
+                buffers.append(tensor)
             append_(buffers, rows, slots)
         self.lengths = [n + a for n, a in zip(self.lengths, added)]
         self.seen = [n + a for n, a in zip(self.seen, added)]
@@ -351,7 +373,7 @@ class DenseStore:
         for name, old in self.tensors.items():
             wide = old.new_zeros((*old.shape[:2], capacity, *old.shape[3:]))
             wide[:, :, : self.max_length] = old[:, :, : self.max_length]
-            setattr(self, name, wide)
+            self._assign(name, wide)
 
     # --- shrinking
 
@@ -367,7 +389,7 @@ class DenseStore:
         else:
             smaller = gather(list(held.values()), index, capacity=k + self.reserve)
             for name, tensor in zip(held, smaller):
-                setattr(self, name, tensor)
+                self._assign(name, tensor)
         self._set_lengths(counts)
 
     def crop(self, tokens: int) -> None:
@@ -392,7 +414,7 @@ class DenseStore:
         if picked == list(range(self.batch)):
             return
         for name, tensor in self.tensors.items():
-            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+            self._assign(name, tensor.index_select(0, rows.to(tensor.device)))
         self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
         self.seen = [self.seen[i] for i in picked]
         self.targets = None if self.targets is None else [self.targets[i] for i in picked]
@@ -400,7 +422,7 @@ class DenseStore:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
         for name, tensor in self.tensors.items():
-            setattr(self, name, tensor.to(device, non_blocking=non_blocking))
+            self._assign(name, tensor.to(device, non_blocking=non_blocking))
         self.extra = {name: t.to(device, non_blocking=non_blocking) for name, t in self.extra.items()}
         self._device_lengths = None
 
@@ -412,6 +434,7 @@ class DenseStore:
         state = {**entries, "lengths": torch.tensor(self.lengths), "seen": torch.tensor(self.seen)}
         if self.targets is not None:
             state["targets"] = torch.tensor(self.targets)
+        state |= {f"fill.{name}": torch.tensor(fill) for name, fill in self._fills.items()}
         return {**state, **{f"extra.{name}": t.contiguous() for name, t in self.extra.items()}}
 
     @classmethod
@@ -428,5 +451,9 @@ class DenseStore:
         )
         prefix = "extra."
         store.extra = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        for name, t in state.items():
+            if name.startswith(_BESIDE):
+                own = name.removeprefix(_BESIDE)
+                store.put_beside(own, t, fill=float(state[f"fill.{own}"]))
         store._make_room(store.max_length + reserve)
         return store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class LayerState:
         lse: ``[batch, num_q_heads, n]`` float32 log-sum-exp of the same queries, where the attention returned it.
         inv_freq: ``[rotary_dim / 2]`` float32 rotary frequencies of the model, for scores that take a rotation back; None: the
             model loop does not know them. Row b's entry j was rotated to position ``j - seq_start[b]``.
+        lookahead: ``[batch, num_q_heads, n, head_dim]`` queries of a draft that goes on behind the prompt, after RoPE; None: no draft.
+        lookahead_lengths: how many of them are row b's, the first ones.
     """
 
     index: int
@@ -40,6 +42,8 @@ class LayerState:
     seq_start: Tensor | None = None
     lse: Tensor | None = None
     inv_freq: Tensor | None = None
+    lookahead: Tensor | None = None
+    lookahead_lengths: list[int] = field(default_factory=list)
 
     @property
     def seq_len(self) -> int:
@@ -70,4 +74,6 @@ class LayerState:
             lengths=[self.lengths[b]],
             seq_start=None,
             lse=cut(self.lse),
+            lookahead=None if self.lookahead is None else self.lookahead[b : b + 1],
+            lookahead_lengths=self.lookahead_lengths[b : b + 1],
         )

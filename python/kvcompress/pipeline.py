@@ -14,8 +14,10 @@ from kvcompress.budget import Budget, Targets
 from kvcompress.cache import DenseStore, Store
 from kvcompress.heads import AdaptiveHeads, HeadBudget
 from kvcompress.layer import LayerState
+from kvcompress.lookahead import Lookahead
 from kvcompress.ragged import RaggedStore
 from kvcompress.select import topk_heads
+from kvcompress.statistic import Statistic
 from kvcompress.when import EveryStep, Prefill, When
 
 __all__ = ["Pipeline", "Stages", "is_mass"]
@@ -27,7 +29,8 @@ class Score(Protocol):
     """LayerState -> ``[batch, heads, seq_len]`` float32, higher = keep, +inf = must keep, -inf = padding.
 
     `queries` is how many of the last prompt queries it looks at. `by_position` says that the score is the position itself, so
-    that entries appended later are ranked like the first ones; other scores know nothing of later entries. `is_mass`, where a
+    that entries appended later are ranked like the first ones; other scores know nothing of later entries, but those that have
+    ``while_decoding = True`` can be asked again over what is left (`kvcompress.statistic.Rescored`). `is_mass`, where a
     score has it, says that scores are never negative and that shares of their sum mean something.
     """
 
@@ -84,6 +87,9 @@ class Stages:
     attend: Attend | None = None
     reuse: int = 1  # layers that rank by the scores of the first of them
     heads: HeadBudget | None = None  # how a layer's entries are split over its heads; None: equally
+    decode: Statistic | None = None  # what later evictions rank by; None: the score, which then is the position
+    reselect: Select | None = None  # how later evictions select; None: as the first
+    lookahead: Lookahead | None = None  # a draft whose queries the score looks at; the cut waits for it
 
     @property
     def is_ragged(self) -> bool:
@@ -118,10 +124,20 @@ class Stages:
             )
         if self.reuse < 1:
             raise ValueError(f"Stages: reuse must be at least 1 layer, got {self.reuse}")
-        if isinstance(self.when, EveryStep) and not self.score.by_position:
+        if isinstance(self.when, EveryStep) and self.decode is None and not self.score.by_position:
             raise ValueError(
                 "Stages: when must be Prefill for a score that cannot rank tokens appended later, got EveryStep with "
                 f"{type(self.score).__name__}"
+            )
+        if isinstance(self.when, Prefill) and self.decode is not None:
+            raise ValueError(
+                "Stages: when must be EveryStep for a statistic of the decoding steps, got Prefill with "
+                f"{type(self.decode).__name__}"
+            )
+        if self.decode is not None and self.attend is not None:
+            raise ValueError(
+                "Stages: attend must be None where a statistic attends, got "
+                f"{type(self.attend).__name__} with {type(self.decode).__name__}"
             )
 
 
@@ -175,7 +191,10 @@ class Pipeline:
     @property
     def queries(self) -> int:
         """How many of the last prompt queries the loop must hand over."""
-        return max(self.stages.score.queries, self.stages.budget.queries)
+        stages = self.stages
+        decode = 0 if stages.decode is None else stages.decode.queries
+        draft = 0 if stages.lookahead is None else stages.lookahead.queries
+        return max(stages.score.queries, stages.budget.queries, decode, draft)
 
     @property
     def wants_residual(self) -> bool:
@@ -212,6 +231,11 @@ class Pipeline:
             bounds = {layer.index: [max(n, self.stages.select.forced) for n in budget.first(layer, scores)]}
         final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
         store = self._cut(layer, scores, bounds[layer.index], store, final=final)
+        if self.stages.decode is not None:
+            assert isinstance(store, DenseStore), "heads of different counts never evict later"
+            self.stages.decode.start(
+                layer, store, lambda stage: scores() if stage == self.stages.score else stage(layer)
+            )
         if budget.deferred:
             ranked = _Ranked(
                 layer.index, list(layer.lengths), layer.seq_start, scores() if self.stages.is_ragged else None
@@ -225,6 +249,12 @@ class Pipeline:
         else:
             self._settle()
         return store
+
+    def _kept(self, length: int, target: int) -> int:
+        """Entries that the prefill leaves of a prompt."""
+        when = self.stages.when
+        waits = isinstance(when, EveryStep) and when.keeps_prompt(length, target)
+        return length if waits else min(length, target)
 
     def _score(self, layer: LayerState) -> Tensor:
         """The layer's scores, or those that a layer before it in its group of `reuse` layers has computed."""
@@ -269,17 +299,23 @@ class Pipeline:
         self, layer: LayerState, scores: Callable[[], Tensor], targets: Targets, store: Store | None, *, final: bool
     ) -> Store:
         """A layer's first cut: to its budget, or to the upper bound of a budget that is not final."""
+        counts = [self._kept(length, _mean(row)) for row, length in zip(targets, layer.lengths)]
         fits = all(n >= length for row, length in zip(targets, layer.lengths) for n in _each(row))
-        if fits and not self.stages.budget.deferred:  # nothing to drop: nothing is computed
-            if store is None:
-                store = DenseStore.from_prefill(layer.keys, layer.values, layer.lengths, reserve=self.reserve)
+        if not self.stages.is_ragged and counts == layer.lengths:
+            fits = True
+        if fits and not self.stages.budget.deferred:  # nothing to drop
+            # who goes on evicting by query head stores by query head from the start
+            heads = layer.keys.shape[1] if self.stages.decode is None else scores().shape[1]
+            if store is None or heads != store.keys.shape[1]:
+                store = DenseStore.from_prefill(
+                    layer.keys, layer.values, layer.lengths, reserve=self.reserve, heads=heads
+                )
         elif self.stages.is_ragged:
             ranked = _Ranked(layer.index, list(layer.lengths), layer.seq_start, scores())
             raised, per_head = self._split(ranked, targets, final=final)
             index = topk_heads(raised, per_head, seq_start=layer.seq_start)
             store = RaggedStore.gathered(layer.keys, layer.values, index, per_head, layer.lengths, reserve=self.reserve)
         else:
-            counts = [min(_mean(row), length) for row, length in zip(targets, layer.lengths)]
             keeps_scores = not final and not self.stages.score.by_position
             store = DenseStore.gathered(
                 layer.keys,
@@ -328,11 +364,18 @@ class Pipeline:
 
     # --- later
 
+    def is_within(self, store: Store) -> bool:
+        """Whether no row of a compressed prompt holds more than its budget, or than a later eviction waits for."""
+        return store.targets is not None and all(
+            length <= self._kept(length, target) for length, target in zip(store.lengths, store.targets)
+        )
+
     def make_room(self, store: Store, new: int) -> None:
-        """Before `new` tokens are stored: where eviction comes before attention, only `budget - new` old entries stay."""
+        """Before `new` tokens are stored, where eviction comes before attention."""
         when = self.stages.when
         if isinstance(when, EveryStep) and when.before_attention and store.targets is not None:
-            self.fit(store, [max(0, target - new) for target in store.targets])
+            counted = new if when.counts_new else 0
+            self.fit(store, self._due(when, store, counted), self.stages.reselect)
 
     def prepare(self, store: Store, inv_freq: Tensor | None) -> None:
         """After the new tokens are stored, before they attend."""
@@ -341,18 +384,42 @@ class Pipeline:
                 raise ValueError("Pipeline.prepare: inv_freq must be given for in-cache positions, got None")
             self.stages.attend.prepare(store, inv_freq)
 
+    def attend(
+        self, store: Store, query: Tensor, *, softmax_scale: float, real: Sequence[int] | None = None
+    ) -> Tensor:
+        """Attention of the tokens just stored; of row b the last ``real[b]`` of them (None: all)."""
+        if self.stages.decode is None:
+            return store.attend(query, softmax_scale=softmax_scale)
+        assert isinstance(store, DenseStore), "heads of different counts never evict later"
+        return self.stages.decode.attend(store, query, softmax_scale=softmax_scale, real=real)
+
     def evict(self, store: Store) -> None:
-        """After the attention of a later forward: where eviction comes after attention, down to the budget again."""
+        """After the attention of a later forward, where eviction comes after it: rows above their budget fall back to it."""
         when = self.stages.when
         if isinstance(when, EveryStep) and not when.before_attention and store.targets is not None:
-            self.fit(store, store.targets)
+            self.fit(store, self._due(when, store, 0), self.stages.reselect)
 
-    def fit(self, store: Store, targets: Sequence[int]) -> None:
-        """Cuts a dense store to at most `targets` entries a row, by its kept scores, or by recency where it has none."""
+    def _due(self, when: EveryStep, store: Store, counted: int) -> list[int]:
+        """Entries that each row may keep: its budget if it is due, else all it has. `counted` tokens are still to come."""
+        assert store.targets is not None
+        targets = [when.target(target, seen) for target, seen in zip(store.targets, store.seen)]
+        return [
+            max(0, target - counted) if when.is_due(length + counted, target) else length
+            for length, target in zip(store.lengths, targets)
+        ]
+
+    def fit(self, store: Store, targets: Sequence[int], select: Select | None = None) -> None:
+        """Cuts a store to at most `targets` entries a row: by its kept scores, by what was measured, or by recency."""
         assert isinstance(store, DenseStore), "heads of different counts are never cut at later steps"
         counts = [min(target, length) for target, length in zip(targets, store.lengths)]
         if counts == store.lengths:
             return
-        scores = store.positions.float() if store.scores is None else store.scores
-        index = self.stages.select(scores[:, :, : store.max_length], counts, seq_end=store.device_lengths)
+        if store.scores is not None:
+            scores = store.scores
+        elif self.stages.decode is not None:
+            scores = self.stages.decode.rank(store)
+        else:
+            scores = store.positions.float()
+        select = select or self.stages.select
+        index = select(scores[:, :, : store.max_length], counts, seq_end=store.device_lengths)
         store.keep(index, counts)

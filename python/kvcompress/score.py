@@ -268,6 +268,7 @@ class WindowAttention:
     pool_first: bool = False
     by_position = False
     is_mass = True
+    while_decoding = True
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -342,6 +343,11 @@ class ReceivedAttention:
             raise ValueError(
                 f'ReceivedAttention: group_reduce must be "mean" for heads that share a score, got "{self.group_reduce}"'
             )
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether it can be asked again: with a few queries, and no count of those that saw an entry."""
+        return self.queries != ALL_QUERIES and not self.per_viewer
 
     def __call__(self, layer: LayerState) -> Tensor:
         queries, seq_len = layer.window(self.queries), layer.seq_len

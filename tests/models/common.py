@@ -29,6 +29,9 @@ def methods(budget=BUDGET):
         "streaming_llm": streaming,
         "streaming_llm_once": create("streaming_llm", budget=budget, rolling=False),
         "sliding_window": sliding,
+        "h2o_decode": create("h2o", budget=budget, decode=True),
+        "morphkv": create("morphkv", budget=budget, window=8),
+        "snapkv_every": create("while_decoding", budget=budget, inner=snapkv, every=4),
         "squeeze_snapkv": create("squeeze_attention", budget=budget, inner=snapkv, p=0.5),
         "squeeze_streaming": create("squeeze_attention", budget=budget, inner=streaming, p=0.5),
         "squeeze_sliding": create("squeeze_attention", budget=budget, inner=sliding, p=0.5),
@@ -36,8 +39,13 @@ def methods(budget=BUDGET):
 
 
 NAMES = list(methods())
-CUT_ONCE = [name for name in NAMES if name.startswith(("snapkv", "squeeze_snapkv")) or name.endswith("_once")]
+CUT_ONCE = [name for name in NAMES if name in ("snapkv", "snapkv_q_heads", "squeeze_snapkv") or name.endswith("_once")]
 EVICTING = [name for name in NAMES if name not in CUT_ONCE]
+
+
+def on_top(name, steps):
+    """Entries above the budget that a method holds after `steps` decoded tokens: MorphKV's newest, the start of a burst."""
+    return {"morphkv": 1, "snapkv_every": steps % 4}.get(name, 0)
 
 
 def method(name, budget=BUDGET):

@@ -12,6 +12,8 @@ from kvcompress import budget, score, select
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.statistic import Rescored
+from kvcompress.when import EveryStep, Prefill
 
 
 @register("keydiff", title="KeyDiff", paper="arXiv 2504.15364")
@@ -29,15 +31,21 @@ class KeyDiff(Method):
         - left padding counts neither in the anchor nor as a candidate; in block form each row's blocks start behind its own
           first `budget` entries.
         - ties go to the smaller position.
+        - ``decode=True`` goes on in blocks while decoding (kvpress: through its DecodingPress): `every` new entries compete with
+          what is kept, anchor and scores taken anew over them.
 
     Attributes:
         block_size: entries a block (paper: 128); None: one shot.
         sink, window: first and last entries to keep in any case (paper: none); inside a block run they compete.
+        decode: goes on evicting while decoding.
+        every: while decoding, lets this many entries come together and then evicts them at once.
     """
 
     block_size: int | None = None
     sink: int = 0
     window: int = 0
+    decode: bool = False
+    every: int = 128
 
     def stages(self) -> Stages:
         blocks = None if self.block_size is None else KeyDifferenceInBlocks(self.budget, self.block_size)
@@ -45,6 +53,8 @@ class KeyDiff(Method):
             score=blocks or KeyDifference(),
             budget=budget.Uniform(self.budget),
             select=select.TopK(sink=self.sink, window=self.window),
+            when=EveryStep(every=self.every) if self.decode else Prefill(),
+            decode=Rescored(KeyDifference()) if self.decode else None,
         )
 
 
@@ -63,6 +73,7 @@ class KeyDifference:
 
     by_position = False
     queries = 0
+    while_decoding = True
 
     @score.row_by_row
     def __call__(self, layer: LayerState) -> Tensor:

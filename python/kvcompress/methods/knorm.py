@@ -13,6 +13,8 @@ from kvcompress.budget import Budget, Scores, Uniform, entries
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.statistic import Rescored
+from kvcompress.when import EveryStep, Prefill
 
 
 @register("knorm", title="Knorm", paper="arXiv 2406.11430")
@@ -27,13 +29,16 @@ class Knorm(Method):
         - norms and their order in float32 (official: in the cache's dtype, where bfloat16 makes most of them ties).
         - left padding is never kept (official: padded keys compete, and often have small norms).
         - kept entries stay in the order of their positions (official: ascending norm), ties go to the smaller position.
-        - once after the prefill; the official per-step mode for language modelling is not offered.
+        - by default once after the prefill. ``decode=True`` goes on while decoding, down to the same budget (official, for
+          language modelling: a share of what the cache holds at every step).
 
     Attributes:
         skip_layers: compressed layers (counted from 0) that keep everything; most of the loss comes from the first two.
         prune_after: rows shorter than this keep everything.
         rounding: a share of a prompt in entries: "floor" (kvpress) or "ceil" (official).
         sink, window: first and last entries to keep in any case (official: none).
+        decode: goes on evicting while decoding; what keeps its whole prompt stays at that many entries.
+        every: while decoding, lets this many entries come together and then evicts them at once.
     """
 
     skip_layers: tuple[int, ...] = (0, 1)
@@ -41,6 +46,8 @@ class Knorm(Method):
     rounding: Literal["floor", "ceil"] = "floor"
     sink: int = 0
     window: int = 0
+    decode: bool = False
+    every: int = 1
 
     def stages(self) -> Stages:
         uniform = not self.skip_layers and self.prune_after == 0 and self.rounding == "floor"
@@ -49,6 +56,8 @@ class Knorm(Method):
             score=KeyNorm(),
             budget=Uniform(self.budget) if uniform else spared,
             select=select.TopK(sink=self.sink, window=self.window),
+            when=EveryStep(every=self.every) if self.decode else Prefill(),
+            decode=Rescored(KeyNorm()) if self.decode else None,
         )
 
 
@@ -58,6 +67,7 @@ class KeyNorm:
 
     by_position = False
     queries = 0
+    while_decoding = True
 
     @score.row_by_row
     def __call__(self, layer: LayerState) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from kvcompress import budget, select
+from kvcompress.cache import DenseStore
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.statistic import Observed, Scores, attend_and_observe, by_kv_head, kept_of
+from kvcompress.when import EveryStep
 
 Kind = Literal["value", "key", "joint"]
 
@@ -87,7 +90,10 @@ class OutputPerturbation:
             self._add(scores, rows, seq_len - window + start, layer)
         scores = scores.flatten(1, 2) if self.group_reduce == "none" else scores.sum(2)
         padding = self._padding(layer)
-        scores = self._pooled(scores, padding)
+        if self.pool != "none":
+            cut = torch.arange(layer.seq_len, device=layer.device) < layer.seq_len - self.recent
+            pooled = cut if padding is None else cut & ~padding
+            scores = self.pooled(scores, pooled.expand_as(scores))
         return scores if padding is None else scores.masked_fill(padding, -torch.inf)
 
     def _add(self, scores: Tensor, rows: Tensor, first: int, layer: LayerState) -> None:
@@ -108,36 +114,42 @@ class OutputPerturbation:
         output = output / total.clamp(min=1e-30)[..., None]
         norm = (top + total.log()).masked_fill(total == 0, torch.inf)  # queries in the padding weigh nothing
 
-        output_square = output.square().sum(-1, keepdim=True)
         for span, logits, hidden, values in _blocks(rows, first, layer):
             weights = (logits - norm[..., None]).exp().masked_fill(hidden, 0)
-            added = torch.zeros_like(scores[..., span])
-            if self.kind != "key":
-                size = values.abs().pow(self.p).sum(-1) if self.value_norm else torch.ones_like(values[..., 0])
-                added += weights.pow(self.p).sum(-2) * size[:, :, None]
-            if need_output:
-                value_square = values.square().sum(-1)[:, :, None, None]
-                along = output @ values[:, :, None].mT
-                change = (weights * logits).square() * (value_square + output_square - 2 * along)
-                if self.kind == "joint" and self.cross:
-                    change += 2 * weights.square() * logits * (value_square - along)
-                added += change.sum(-2)
-            scores[..., span] += added
+            scores[..., span] += self.of_step(logits, weights, output, values).sum(-2)
 
     def _padding(self, layer: LayerState) -> Tensor | None:
         if layer.seq_start is None:
             return None
         return (torch.arange(layer.seq_len, device=layer.device) < layer.seq_start[:, None])[:, None]
 
-    def _pooled(self, scores: Tensor, padding: Tensor | None) -> Tensor:
-        cut = scores.shape[-1] - self.recent
-        if self.pool == "none" or cut <= 0:
-            return scores
+    def pooled(self, scores: Tensor, inside: Tensor) -> Tensor:
+        """Scores ``[..., n]``, those `inside` (bool) pooled with their neighbours that are inside, too."""
         outside = 0.0 if self.pool == "avg" else -torch.inf
-        prefix = scores[..., :cut] if padding is None else scores[..., :cut].masked_fill(padding[..., :cut], outside)
         pool = avg_pool1d if self.pool == "avg" else max_pool1d
-        prefix = pool(prefix, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return torch.cat([prefix, scores[..., cut:]], -1)
+        prefix = scores.masked_fill(~inside, outside)
+        return torch.where(inside, pool(prefix, self.kernel_size, stride=1, padding=self.kernel_size // 2), scores)
+
+    def of_step(self, logits: Tensor, weights: Tensor, out: Tensor, values: Tensor) -> Tensor:
+        """What the queries of one attention add: ``[batch, heads, per_kv, n, entries]`` float32.
+
+        Args:
+            logits, weights: ``[batch, heads, per_kv, n, entries]`` float32; where a weight is 0 the logit does not count.
+            out: ``[batch, heads, per_kv, n, head_dim]`` float32, their attention's output.
+            values: ``[batch, heads, entries, head_dim]`` float32.
+        """
+        logits = logits.masked_fill(weights == 0, 0)
+        added = torch.zeros_like(weights)
+        if self.kind != "key":
+            size = values.abs().pow(self.p).sum(-1) if self.value_norm else torch.ones_like(values[..., 0])
+            added += weights.pow(self.p) * size[:, :, None, None]
+        if self.kind != "value":
+            value_square = values.square().sum(-1)[:, :, None, None]
+            along = out @ values[:, :, None].mT
+            added += (weights * logits).square() * (value_square + out.square().sum(-1, keepdim=True) - 2 * along)
+            if self.kind == "joint" and self.cross:
+                added += 2 * weights.square() * logits * (value_square - along)
+        return added
 
     def __str__(self) -> str:
         who = "all prompt tokens" if self.queries == ALL_QUERIES else f"the last {self.queries} prompt tokens"
@@ -158,6 +170,56 @@ def _blocks(rows: Tensor, first: int, layer: LayerState) -> Iterator[tuple[slice
         yield span, logits, hidden, layer.values[:, :, span].float()
 
 
+@dataclass(frozen=True)
+class PerturbationSums:
+    """`OutputPerturbation` of every query so far, the decoded ones added to the prompt's as they come.
+
+    Sums are not pooled; the rank is. Official keeps the sum of attention and the norm of v apart; v of an entry does not change,
+    so one sum says the same.
+
+    Attributes:
+        score: the prompt's score.
+        latest_only: the newest query alone (TOVA's form).
+    """
+
+    score: OutputPerturbation
+    latest_only: bool = False
+
+    @property
+    def queries(self) -> int:
+        return self.score.queries
+
+    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+        store.put_beside("change", kept_of(scores(replace(self.score, pool="none")), layer, store, 0.0), fill=0.0)
+
+    def attend(
+        self, store: DenseStore, query: Tensor, *, softmax_scale: float, real: Sequence[int] | None = None
+    ) -> Tensor:
+        values = store.view()[1].float()
+
+        def observe(seen: Observed) -> None:
+            weights, logits, out = (by_kv_head(t, store) for t in (seen.probabilities(), seen.logits, seen.out.float()))
+            added = self.score.of_step(logits, weights, out, values)
+            change = store.beside["change"][:, :, : store.max_length]
+            if not self.latest_only:
+                change += added.sum((2, 3))
+            elif seen.last:
+                change.copy_(torch.where(seen.is_token[:, :, -1], added[:, :, :, -1].sum(2), change))
+
+        return attend_and_observe(store, query, observe, softmax_scale=softmax_scale, real=real)
+
+    def rank(self, store: DenseStore) -> Tensor:
+        change = store.beside["change"][:, :, : store.max_length]
+        if self.score.pool == "none":
+            return change
+        slot = torch.arange(store.max_length, device=change.device)
+        prefix = slot < (store.device_lengths - self.score.recent)[:, None, None]
+        return self.score.pooled(change, prefix.expand_as(change))
+
+    def __str__(self) -> str:
+        return "change of the outputs so far without the entry"
+
+
 @register("obcache", title="OBCache", paper="arXiv 2510.07651")
 @dataclass(frozen=True)
 class OBCache(Method):
@@ -172,7 +234,8 @@ class OBCache(Method):
         - float32 throughout (official: attention rounded to the model's dtype before it is squared; in float16 a masked
           logit can make it NaN).
         - with ``p=1`` the key's terms keep the 2-norm of v, as the formula has it (official: the 1-norm).
-        - this is the cut at the end of the prefill, the official scripts' setting; decoding appends.
+        - by default this is the cut at the end of the prefill, the official scripts' setting, and decoding appends.
+          ``decode=True`` goes on as the official class does: a token's own terms are added, then one more entry leaves.
         - padding is masked; equal scores, which max pooling makes in plateaus, go to the smaller position.
 
     Attributes:
@@ -187,6 +250,9 @@ class OBCache(Method):
         pool: "max" or "avg" over neighbours (SnapKV's form), or "none".
         kernel_size: odd width of the pool.
         group_reduce: "sum" or "none".
+        decode: goes on evicting while decoding.
+        latest_only: while decoding the newest query alone ranks (TOVA's form); give ``window=1`` for the prompt.
+        every: while decoding, lets this many entries come together and then evicts them at once.
     """
 
     kind: Kind = "joint"
@@ -199,6 +265,9 @@ class OBCache(Method):
     pool: Literal["none", "avg", "max"] = "none"
     kernel_size: int = 7
     group_reduce: Literal["sum", "none"] = "sum"
+    decode: bool = False
+    latest_only: bool = False
+    every: int = 1
 
     def stages(self) -> Stages:
         recent = self.window if self.recent is None else self.recent
@@ -218,4 +287,7 @@ class OBCache(Method):
             kernel_size=self.kernel_size,
             group_reduce=self.group_reduce,
         )
-        return Stages(score=score, budget=budget.Uniform(self.budget), select=keep)
+        stages = Stages(score=score, budget=budget.Uniform(self.budget), select=keep)
+        if not self.decode:
+            return stages
+        return replace(stages, when=EveryStep(every=self.every), decode=PerturbationSums(score, self.latest_only))

@@ -190,7 +190,7 @@ class CompressedCache(Cache):
             store = layer.store
             if store is None:
                 continue
-            if store.targets is None or any(held > most for held, most in zip(store.lengths, store.targets)):
+            if not self._pipeline.is_within(store):
                 raise RuntimeError(
                     f"CompressedCache: {self.method} must leave at most {store.targets} entries in layer {layer.layer_idx}, "
                     f"got {store.lengths}"

@@ -176,8 +176,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.pipeline is not None:
             self.pipeline.prepare(self.store, inv_freq)
         self.softmax_scale = scale
-        out = self._attend(query)
-        if self.pipeline is not None:
+        if self.pipeline is None:
+            out = self._attend(query)
+        else:
+            out = self.pipeline.attend(self.store, query, softmax_scale=scale, real=real)
             self.pipeline.evict(self.store)
         self._advance(key.shape[2], real)
         return out

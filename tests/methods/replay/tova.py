@@ -1,8 +1,6 @@
-"""TOVA: head means and kept sets at the end of the prefill.
+"""TOVA: head means and kept sets at the end of the prefill and of the decode steps, with their outputs.
 
-Not replayed yet: the decode steps (`T` of them) of the official cases, which evict once every step: `kept`, `mean_attn`
-and `n_kept` behind their first line, `out`, `newest_evicted`. kvpress' indices are compared as sets; its order is that of the
-scores.
+kvpress' indices are compared as sets; its order is that of the scores.
 """
 
 from __future__ import annotations
@@ -13,10 +11,12 @@ from kvcompress.layer import LayerState
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline
 from tests.methods.golden import Golden
+from tests.methods.replay.decoding import Decoding
 
 
 def replay(case: Golden) -> None:
-    case.ignore("B", "Hq", "Hkv", "D", "T", "newest_evicted")
+    case.ignore("B", "Hq", "Hkv", "D")
+    steps, newest_evicted = case.take("T", 0), case.take("newest_evicted", 0)
     seq_len, kvpress = case.take("S"), case.choose("variant", {"kvpress": True, "official": False}, "official")
     keys, values = case["k"][:, :, :seq_len], case["v"][:, :, :seq_len]
     if kvpress:
@@ -38,3 +38,23 @@ def replay(case: Golden) -> None:
     assert store.lengths == [min(budget, seq_len)] * batch
     kept = store.positions[:, :, : store.max_length]
     assert torch.equal(kept, expected[:, None].expand_as(kept).int())
+    if not kvpress:
+        assert decode(case, budget, seq_len, steps) == newest_evicted
+
+
+def decode(case: Golden, budget: int, length: int, steps: int) -> int:
+    """The decode steps; how often the newest token left at once."""
+    run, left_at_once = Decoding(create("tova", budget=budget, decode=True), case["q"], case["k"], case["v"], length), 0
+    for step in range(1, steps + 1):
+        run.append()
+        out = run.attend()
+        # a softmax of float32 logits and a sum of its products with the values, in two orders
+        assert torch.allclose(out, case["out"][step - 1], rtol=1e-4, atol=1e-5), step
+        rank = run.pipeline.stages.decode.rank(run.store)
+        mean = case["mean_attn"][step][:, None, : rank.shape[2]].expand_as(rank)
+        assert torch.allclose(rank, mean, rtol=1e-5, atol=1e-7), step
+        run.pipeline.evict(run.store)
+        kept = case["kept"][step][:, None, : int(case["n_kept"][step])]
+        assert torch.equal(run.kept, kept.expand_as(run.kept)), step
+        left_at_once += int(length + step - 1 not in kept)
+    return left_at_once
