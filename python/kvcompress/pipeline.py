@@ -384,9 +384,7 @@ class Pipeline:
                 raise ValueError("Pipeline.prepare: inv_freq must be given for in-cache positions, got None")
             self.stages.attend.prepare(store, inv_freq)
 
-    def attend(
-        self, store: Store, query: Tensor, *, softmax_scale: float, real: Sequence[int] | None = None
-    ) -> Tensor:
+    def attend(self, store: Store, query: Tensor, *, softmax_scale: float, real: Sequence[int] | None = None) -> Tensor:
         """Attention of the tokens just stored; of row b the last ``real[b]`` of them (None: all)."""
         if self.stages.decode is None:
             return store.attend(query, softmax_scale=softmax_scale)
