@@ -6,7 +6,7 @@
 
 #include "host/dispatch.h"
 #include "host/parallel.h"
-#include "host/simd.h"
+#include "host/vec.h"
 
 namespace kvc {
 namespace {
@@ -15,44 +15,53 @@ struct Sums {
   float dot, before, after;
 };
 
-// Running sums of a quantity: enough for the vectoriser, and one fixed order of addition.
-constexpr int64_t kLanes = 64;
+// Running sums of a quantity: as many as registers hold, and one fixed order of addition for every
+// width of vector.
+constexpr int kRunning = 32;
 
-template <typename T>
-__attribute__((always_inline)) inline Sums token_sums(const T* h, const T* a, int64_t hidden,
-                                                      bool is_update) {
-  float dot[kLanes] = {}, before[kLanes] = {}, after[kLanes] = {};
-  const auto add = [&](int64_t i, int64_t lane) {
-    const float x = to_float(h[i]);
-    float y = to_float(a[i]);
-    if (is_update) y = to_float(from_float<T>(x + y));
-    dot[lane] += x * y;
-    before[lane] += x * x;
-    after[lane] += y * y;
+template <int kLanes, typename T>
+KVC_INLINE Sums token_sums(const T* h, const T* a, int64_t hidden, bool is_update) {
+  using Floats = typename Simd<kLanes>::Floats;
+  constexpr int kParts = kRunning / kLanes;
+  Floats dot[kParts] = {}, before[kParts] = {}, after[kParts] = {};
+  const auto add = [&](const T* at_h, const T* at_a, bool update) KVC_LAMBDA_INLINE {
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; ++part) {
+      const Floats x = load_floats<kLanes>(at_h + part * kLanes);
+      Floats y = load_floats<kLanes>(at_a + part * kLanes);
+      if (update) y = rounded_to<T, kLanes>(x + y);
+      dot[part] += x * y;
+      before[part] += x * x;
+      after[part] += y * y;
+    }
   };
   int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  if (is_update) {
+    for (; i + kRunning <= hidden; i += kRunning) add(h + i, a + i, true);
+  } else {
+    for (; i + kRunning <= hidden; i += kRunning) add(h + i, a + i, false);
   }
-  for (; i < hidden; ++i) add(i, i % kLanes);
+  if (i < hidden) {  // the rest beside zeros, which add nothing
+    T rest_h[kRunning] = {}, rest_a[kRunning] = {};
+    std::copy_n(h + i, hidden - i, rest_h);
+    std::copy_n(a + i, hidden - i, rest_a);
+    add(rest_h, rest_a, is_update);
+  }
   Sums sums{};
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sums.dot += dot[lane];
-    sums.before += before[lane];
-    sums.after += after[lane];
+  for (int lane = 0; lane < kRunning; ++lane) {
+    sums.dot += dot[lane / kLanes][lane % kLanes];
+    sums.before += before[lane / kLanes][lane % kLanes];
+    sums.after += after[lane / kLanes][lane % kLanes];
   }
   return sums;
 }
 
-KVC_CLONES Sums token_sums_of(const float* h, const float* a, int64_t n, bool is_update) {
-  return token_sums(h, a, n, is_update);
-}
-KVC_CLONES Sums token_sums_of(const f16* h, const f16* a, int64_t n, bool is_update) {
-  return token_sums(h, a, n, is_update);
-}
-KVC_CLONES Sums token_sums_of(const bf16* h, const bf16* a, int64_t n, bool is_update) {
-  return token_sums(h, a, n, is_update);
-}
+KVC_BY_WIDTH(Sums, token_sums_of, (const float* h, const float* a, int64_t n, bool is_update),
+             token_sums, (h, a, n, is_update))
+KVC_BY_WIDTH(Sums, token_sums_of, (const f16* h, const f16* a, int64_t n, bool is_update),
+             token_sums, (h, a, n, is_update))
+KVC_BY_WIDTH(Sums, token_sums_of, (const bf16* h, const bf16* a, int64_t n, bool is_update),
+             token_sums, (h, a, n, is_update))
 
 float cosine(const Sums& s) {
   return s.dot /

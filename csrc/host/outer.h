@@ -1,5 +1,10 @@
-// Products of many rows with many rows (queries with keys) in float32: the small matrix product of
-// the CPU twins.
+// Products of many rows with many rows (queries with keys), summed in float32: the small matrix
+// product of the CPU twins.
+//
+// Right rows lie in panels of kOuterPanel rows, turned: [depth, kOuterPanel]. Two forms: float32,
+// for every dtype; and pairs, for bfloat16 where the processor multiplies two bfloat16 numbers a
+// step (AVX-512 BF16): [depth / 2, kOuterPanel] of two neighbours each. In both, products are exact
+// or rounded once and sums are float32; the pairs form takes subnormal inputs and sums for zero.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +14,30 @@
 namespace kvc {
 
 constexpr int64_t kOuterRows = 8;    // left rows a call takes
-constexpr int64_t kOuterPanel = 32;  // right rows that lie together in a panel [depth, kOuterPanel]
+constexpr int64_t kOuterPanel = 32;  // right rows that lie together in a panel
+constexpr int64_t kOuterMaxDepth = 256;
 
 // A row in float32.
 void widen(const float* from, float* to, int64_t n);
 void widen(const f16* from, float* to, int64_t n);
 void widen(const bf16* from, float* to, int64_t n);
 
-// Right rows, `stride` apart, as float32 panels; the last panel is filled up with zeros.
+// Right rows, `stride` apart, as float32 panels; the last panel is filled up with zeros. depth is a
+// multiple of 8 up to kOuterMaxDepth, panels of 64 bytes.
 void pack_panels(const float* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
 void pack_panels(const f16* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
 void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, float* panels);
 
 // out[r * out_stride + j] = <left[r], right[j]> for kOuterRows dense left rows and num_panels *
-// kOuterPanel right rows. Panels, out and out_stride (in bytes) are multiples of 64. Each product
-// is summed in ascending depth.
+// kOuterPanel right rows. out and out_stride (in bytes) are multiples of 64. Each product is summed
+// in ascending depth.
 void outer_products(const float* left, int64_t depth, const float* panels, int64_t num_panels,
+                    float* out, int64_t out_stride);
+
+// The same with pairs, on processors where has_pair_products().
+bool has_pair_products();
+void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, bf16* panels);
+void outer_products(const bf16* left, int64_t depth, const bf16* panels, int64_t num_panels,
                     float* out, int64_t out_stride);
 
 }  // namespace kvc

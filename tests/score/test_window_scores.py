@@ -184,6 +184,38 @@ def test_ties(device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
+def test_ties_far_apart(dtype, device):
+    """Equal keys in different blocks, the heaviest keys behind all of them: still equal to the bit."""
+    q, k = make(1, 8, 2, 16, 1100, 64, dtype, device)
+    twins = torch.arange(3, 1000, 97, device=device)
+    k[:, :, twins] = k[:, :, 3:4]
+    k[:, :, 1001] = 4 * q[:, ::4, 5]
+    out = kvcompress.window_scores(q, k)[..., twins]
+    assert torch.equal(out, out[..., :1].expand_as(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_window(dtype, device):
+    """More exponentials than a CPU worker keeps: products are computed twice instead."""
+    q, k = make(1, 2, 1, 2100, 4200, 16, dtype, device)
+    check(q, k, pool="avg", kernel_size=5)
+
+
+@pytest.mark.parametrize("group_reduce", ["none", "mean", "max", "sum"])
+@pytest.mark.parametrize("window_reduce", ["mean", "max"])
+def test_tall_group(group_reduce, window_reduce, device):
+    """Query heads of one kv head in several tiles, each with blocks of its own."""
+    q, k = make(1, 7, 1, 70, 900, 32, torch.bfloat16, device)
+    options = {
+        "group_reduce": group_reduce,
+        "window_reduce": window_reduce,
+        "weights": torch.rand(1, 1, 900, device=device),
+    }
+    check(q, k, pool="max", kernel_size=3, **options)
+    check(q, k, pool="avg", kernel_size=3, pool_first=True, num_scored=890, **options)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize(
     "options", [{}, {"window_reduce": "max"}, {"group_reduce": "max"}, {"pool": "max", "kernel_size": 3}]
 )
