@@ -11,8 +11,13 @@ namespace kvc {
 struct bf16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using Float16 = __fp16;  // GCC has _Float16 in C++ from 13 on
+#else
+using Float16 = _Float16;
+#endif
 struct f16 {
-  _Float16 value;
+  Float16 value;
 };
 
 inline float to_float(float x) {
@@ -37,7 +42,7 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline f16 from_float<f16>(float x) {
-  return {static_cast<_Float16>(x)};
+  return {static_cast<Float16>(x)};
 }
 template <>
 inline bf16 from_float<bf16>(float x) {

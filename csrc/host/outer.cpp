@@ -154,8 +154,10 @@ KVC_CLONES void pack_panels(const bf16* from, int64_t stride, int64_t rows, int6
 
 #ifdef KVC_PAIR_PRODUCTS
 
+// Not on Intel: measured on a fifth-generation Xeon vdpbf16ps takes two cycles, 148 GFLOP/s on two
+// cores where float32 reaches 260.
 bool has_pair_products() {
-  static const bool has = __builtin_cpu_supports("avx512bf16") &&
+  static const bool has = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   return has;
 }

@@ -1,0 +1,77 @@
+// window_scores, with and without the prefill's log-sum-exp.
+#include "score/window_scores.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "machine.h"
+
+namespace kvc::bench {
+namespace {
+
+Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t length,
+                        int64_t window, bool with_lse) {
+  Random random;
+  Work work;
+  const int64_t rows = batch * kQueryHeads * window;
+  for (int64_t copy = 0; copy < copies; ++copy) {
+    const auto bfloat16 = [&](int64_t) { return random.bfloat16(); };
+    WindowScoresParams p{
+        .q = machine.make<uint16_t>(rows * kHeadDim, bfloat16),
+        .k = machine.make<uint16_t>(batch * kHeads * length * kHeadDim, bfloat16),
+        .lse = with_lse ? machine.make<float>(rows, [](int64_t) { return 10.0f; }) : nullptr,
+        .batch = batch,
+        .num_q_heads = kQueryHeads,
+        .num_kv_heads = kHeads,
+        .window = window,
+        .seq_len = length,
+        .head_dim = kHeadDim,
+        .first_query = length - window,
+        .num_scored = length - window,
+        .kernel_size = 5,
+        .q_batch_stride = kQueryHeads * window * kHeadDim,
+        .q_head_stride = window * kHeadDim,
+        .q_row_stride = kHeadDim,
+        .k_batch_stride = kHeads * length * kHeadDim,
+        .k_head_stride = length * kHeadDim,
+        .k_row_stride = kHeadDim,
+        .lse_batch_stride = kQueryHeads * window,
+        .lse_head_stride = window,
+        .scale_log2 = static_cast<float>(kLog2e / std::sqrt(static_cast<double>(kHeadDim))),
+        .window_reduce = WindowReduce::kSum,
+        .group_reduce = GroupReduce::kMean,
+        .pool = Pool::kAvg,
+        .pool_first = false,
+        .dtype = DType::kBFloat16,
+    };
+    const int64_t row_tiles = (p.q_per_kv() * window + kRowTile - 1) / kRowTile;
+    const int64_t wanted = with_lse ? 1 : kMaxRowItems / (row_tiles * batch * kHeads);
+    p.max_chunks = std::clamp<int64_t>(wanted, 1, (length + kMinChunk - 1) / kMinChunk);
+    p.row_stats = machine.room<float>(p.max_chunks * rows * 2);
+    p.votes = machine.room<float>(batch * p.vote_heads() * length);
+    p.out = machine.room<float>(batch * p.out_heads() * length);
+    work.sets.push_back([p, &machine] { KVC_BENCH_LAUNCH(window_scores, p, machine); });
+  }
+  work.bytes = static_cast<double>(batch * kHeads * length * kHeadDim * 2);
+  work.flop = 2.0 * static_cast<double>(rows * length * kHeadDim);
+  return work;
+}
+
+const Cases cases([](Machine& machine) {
+  const std::vector<int64_t> lengths =
+      machine.is_cuda() ? std::vector<int64_t>{8192, 32768, 131072} : std::vector<int64_t>{8192};
+  for (const int64_t length : lengths) {
+    for (const int64_t window : {32, 64}) {
+      for (const bool with_lse : {false, true}) {
+        add_case(with_lse ? "window_scores_lse" : "window_scores",
+                 "B1_S" + std::to_string(length) + "_W" + std::to_string(window) + "_avg5", machine,
+                 kHeads * length * kHeadDim * 2, [=](Machine& m, int64_t copies) {
+                   return window_scores_work(m, copies, 1, length, window, with_lse);
+                 });
+      }
+    }
+  }
+});
+
+}  // namespace
+}  // namespace kvc::bench
