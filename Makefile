@@ -11,7 +11,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES  := CMakeLists.txt $(shell find csrc third_party -type f)
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: help setup build fmt lint readme test test-gpu bench sanitize demo clean
+.PHONY: help setup build fmt lint readme test test-gpu bench bench-cpp sanitize demo clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -40,9 +40,10 @@ lint:  ## formats, rules and types, changing nothing
 	clang-format --dry-run --Werror $(CXX_FILES)
 	mypy
 
-readme: setup  ## write the registry's methods into the README's table
+readme: setup  ## write the registry's methods and the measured figures into the README's tables
 	python -m kvcompress methods --markdown > build/methods.md
 	sed -i -e '/<!-- methods:/,/<!-- \/methods/{//!d}' -e '/<!-- methods:/r build/methods.md' README.md
+	python -m bench.report --readme README.md
 
 test: setup  ## everything that needs no GPU
 	OMP_WAIT_POLICY=passive python -m pytest -n $(JOBS)  # workers share the cores: idle threads must not spin
@@ -50,13 +51,16 @@ test: setup  ## everything that needs no GPU
 test-gpu: setup  ## everything; fails where there is no GPU
 	KVCOMPRESS_REQUIRE_CUDA=1 python -m pytest
 
-bench: setup  ## kernels against torch, on this machine's GPU
-	python bench/run.py
+bench: setup  ## the core ops against torch and the floor, into bench/results/<device>_core.json
+	python bench/run.py --core --save
 
-sanitize: setup  ## compute-sanitizer over the GPU tests of the ops
-	for tool in memcheck racecheck; do \
-	  KVCOMPRESS_REQUIRE_CUDA=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    python -m pytest -m cuda tests/test_every_op.py tests/score tests/budget tests/select tests/store || exit 1; done
+bench-cpp: setup  ## C++ microbenchmarks of the torch-free core (needs Google Benchmark)
+	cmake -S . -B build/bench -G Ninja -DKVC_BENCH=ON -DKVC_PYTHON=OFF -DCMAKE_CUDA_ARCHITECTURES="$(ARCH)" -DPython_EXECUTABLE=$$(which python)
+	cmake --build build/bench --target kvcompress_bench
+	build/bench/bench/cpp/kvcompress_bench
+
+sanitize: setup  ## compute-sanitizer, all four tools, over the GPU tests of the ops
+	python tests/sanitize.py
 
 demo: setup  ## a 4k-token document, answered with the full cache and with a tenth of it
 	kvcompress demo

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
-def _module(name: str) -> object:
+def _module(name: str) -> Any:
     """The module, or why it cannot be imported."""
     try:
         return importlib.import_module(name)
@@ -39,49 +44,57 @@ def compiled_window_scores() -> Callable[..., torch.Tensor]:
     return torch.compile(torch_window_scores, dynamic=False)
 
 
-def kvpress_window_scores() -> Callable[..., torch.Tensor] | str:
-    """SnapKV's scores of kvpress: its window attention and its pooling, without the projection and RoPE of its queries.
+def _submodule(package: str, name: str) -> Any:
+    """A submodule of a package whose own __init__ cannot run here, or why it cannot be imported either.
 
-    kvpress computes the window's queries from hidden states; handed in ready, they cost it nothing here.
+    Libraries import all they have at once, with every optional need; one file of them needs little. The package is
+    entered by name and folder alone.
     """
-    module = _module("kvpress.presses.snapkv_press")
+    if isinstance(whole := _module(package), str):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            return whole
+        for name_of_part in [part for part in sys.modules if part == package or part.startswith(package + ".")]:
+            del sys.modules[name_of_part]
+        bare = types.ModuleType(package)
+        bare.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules[package] = bare
+    return _module(f"{package}.{name}")
+
+
+def kvpress_window_scores() -> Callable[..., torch.Tensor] | str:
+    """SnapKV's scores of kvpress, as its press computes them: with the projection and RoPE of the window's queries, and
+    the one host sync of its padding value. `q` gives the sizes only.
+    """
+    module = _submodule("kvpress", "presses.snapkv_press")
     if isinstance(module, str):
         return module
-    press = module.SnapKVPress
-    rotary = importlib.import_module("kvpress.presses.snapkv_press")
-    for name in ("get_prerope_query_states", "apply_rotary_pos_emb", "repeat_kv"):
-        if not hasattr(rotary, name):
-            return f"another version than known: kvpress.presses.snapkv_press has no {name}"
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-    class Layer(torch.nn.Module):
-        def __init__(self, head_dim: int, groups: int):
-            super().__init__()
-            self.head_dim, self.num_key_value_groups = head_dim, groups
+    @functools.cache
+    def attention(heads: int, kv_heads: int, dim: int, device: torch.device, dtype: torch.dtype) -> LlamaAttention:
+        config = LlamaConfig(
+            hidden_size=heads * dim, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim
+        )
+        return LlamaAttention(config, 0).to(device, dtype)
 
+    @torch.no_grad()
     def scores(q: torch.Tensor, k: torch.Tensor, pool: str, kernel: int) -> torch.Tensor:
         batch, heads, window, dim = q.shape
-        if pool != "avg":
-            raise ValueError(f"kvpress pools by avg only, got {pool}")
-        groups = heads // k.shape[1]
-        kept = {name: getattr(rotary, name) for name in ("get_prerope_query_states", "apply_rotary_pos_emb")}
-        rotary.get_prerope_query_states = lambda *_: q
-        rotary.apply_rotary_pos_emb = lambda x, *_: (x, None)
-        try:
-            frame = q.new_empty(batch, k.shape[2], 1)
-            ones = q.new_empty(batch, k.shape[2], 1)
-            attention = press.compute_window_attention(Layer(dim, groups), frame, k, window, (ones, ones))
-        finally:
-            for name, function in kept.items():
-                setattr(rotary, name, function)
-        votes = F.avg_pool1d(attention.mean(dim=-2), kernel_size=kernel, padding=kernel // 2, stride=1)
-        return votes.view(batch, k.shape[1], groups, -1).mean(2)
+        layer = attention(heads, k.shape[1], dim, k.device, k.dtype)
+        press = module.SnapKVPress(compression_ratio=0.5, window_size=window, kernel_size=kernel)
+        hidden = q.new_ones(batch, 1, heads * dim).expand(batch, window + 1, -1)
+        angles = q.new_ones(batch, window + 1, dim)
+        return press.score(layer, hidden, k, k, None, {"position_embeddings": (angles, angles)})
 
     return scores
 
 
 def flashinfer_topk() -> Callable[[torch.Tensor, int], object] | str:
     """flashinfer.top_k with ties to the smaller index; it does not order its output."""
-    module = _module("flashinfer")
+    module = _submodule("flashinfer", "topk")
     if isinstance(module, str):
         return module
-    return lambda scores, k: module.top_k(scores.flatten(0, 1), k)
+    small = module.TopKTieBreak.SMALL
+    return lambda scores, k: module.top_k(scores.flatten(0, 1), k, tie_break=small)

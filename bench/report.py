@@ -142,13 +142,31 @@ def number(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
 
 
+MARK = re.compile(r"(<!-- core: (\S+) -->\n).*?(<!-- /core -->)", re.DOTALL)
+
+
+def filled(text: str, root: Path) -> str:
+    """A README with the tables between its marks, `<!-- core: FILE -->`, made from these files."""
+
+    def table_of(mark: re.Match[str]) -> str:
+        return mark[1] + table(json.loads((root / mark[2]).read_text())) + mark[3]
+
+    return MARK.sub(table_of, text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     form = argparse.ArgumentParser(description=__doc__)
-    form.add_argument("figures", type=Path, help="a JSON file that bench/run.py --core wrote")
-    form.add_argument("--draw", action="store_true", help="draw its plots again instead of printing the table")
+    form.add_argument(
+        "figures", type=Path, nargs="?", help="a JSON file that bench/run.py --core wrote: prints its table"
+    )
+    form.add_argument("--draw", action="store_true", help="draw its plots again instead")
+    form.add_argument("--readme", type=Path, help="fill the marked tables of this file")
     args = form.parse_args(argv)
-    figures = json.loads(args.figures.read_text())
-    print("\n".join(map(str, draw(figures, args.figures))) if args.draw else table(figures), end="")
+    if args.readme:
+        args.readme.write_text(filled(args.readme.read_text(), args.readme.resolve().parent))
+    if args.figures:
+        figures = json.loads(args.figures.read_text())
+        print("\n".join(map(str, draw(figures, args.figures))) if args.draw else table(figures), end="")
 
 
 if __name__ == "__main__":

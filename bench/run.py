@@ -23,6 +23,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,10 +58,10 @@ def stage_cases(stage: str, device: torch.device, *, quick: bool, method: str | 
 
 
 def test_files(case: Case) -> list[str]:
-    """What pytest is to run for a case."""
+    """What pytest is to run for a case: a file, and behind :: which of its tests."""
     method = case.params.get("method")
     if method:
-        files = [f"tests/methods/test_{method}.py", f"tests/methods/test_golden.py::-k {method}-"]
+        files = [f"tests/methods/test_{method}.py", f"tests/methods/test_golden.py::{method}-"]
         return [name for name in files if (ROOT / name.split("::")[0]).exists()]
     found = [path for op in case.tested_ops() for path in (ROOT / "tests").glob(f"*/test_{op.rstrip('_')}.py")]
     return [path.relative_to(ROOT).as_posix() for path in found]
@@ -68,21 +69,32 @@ def test_files(case: Case) -> list[str]:
 
 def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
     """Test files that fail here: a figure of wrong results is no figure."""
-    files = dict.fromkeys(name for case in cases for name in test_files(case))
     untested = sorted({case.op for case in cases if not test_files(case)})
     if untested:
-        sys.exit(f"bench: no tests found for {', '.join(untested)}; --untested reports all the same")
+        sys.exit(f"bench: no tests found for {', '.join(untested)}; --untested reports all the same, and says so")
     red = []
-    marker = "cuda" if device.type == "cuda" else "not cuda"
-    for name in files:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    if device.type == "cuda":
+        environment["KVCOMPRESS_REQUIRE_CUDA"] = "1"
+    options = [
+        "-q",
+        "-x",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(ROOT),
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+    ]
+    options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "-m", "cuda" if device.type == "cuda" else "not cuda"]
+    for name in dict.fromkeys(name for case in cases for name in test_files(case)):
         path, _, words = name.partition("::")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, "-p", "no:cacheprovider"]
-        command += ["-c", str(ROOT / "pyproject.toml" if (ROOT / "pyproject.toml").exists() else ROOT / "pytest.ini")]
-        environment = {**os.environ, "KVCOMPRESS_REQUIRE_CUDA": "1"} if device.type == "cuda" else None
         print(f"testing {path} {words}", file=sys.stderr, flush=True)
-        done = subprocess.run([*command, path, *words.split()], cwd=ROOT, stdout=sys.stderr, env=environment)
-        nothing_there = done.returncode == 5 and device.type == "cuda" and "method" in path  # no test asks for a GPU
-        if done.returncode and not nothing_there:
+        command = [sys.executable, "-m", "pytest", *options, path, *(["-k", words] if words else [])]
+        code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=environment).returncode
+        none_for_gpu = code == 5 and device.type == "cuda" and path.startswith("tests/methods/")
+        if code and not none_for_gpu:
             red.append(path)
     return red
 
@@ -101,8 +113,8 @@ def measured(case: Case, device: torch.device, args: argparse.Namespace, other: 
         failed |= {f"base: {name}": reason for name, reason in why.items()}
     samples: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(args.rounds):
-        for name, time in turns.items():
-            samples[name].append(time(name))
+        for name, timed in turns.items():
+            samples[name].append(timed(name))
     return {"times": {name: summary(own) for name, own in samples.items()}, "absent": {**case.absent, **failed}}
 
 
@@ -111,24 +123,24 @@ def rows_of(case: Case, stage: str, result: dict, floor: float, target: str) -> 
     times = result["times"]
     ours = times.get("kvcompress", {}).get(target)
     rows = []
-    for variant, time in times.items():
+    for variant, own in times.items():
         row = {"stage": stage, "op": case.op, "case": case.label, **case.params, "variant": variant}
-        row |= {f"{name}_us": seconds * 1e6 for name, seconds in time.items()}
-        row |= {"floor_us": floor * 1e6, "floor_ratio": time[target] / floor}
+        row |= {f"{name}_us": seconds * 1e6 for name, seconds in own.items()}
+        row |= {"floor_us": floor * 1e6, "floor_ratio": own[target] / floor}
         if ours and not variant.startswith("kvcompress"):
-            row["times_ours"] = time[target] / ours
+            row["times_ours"] = own[target] / ours
         rows.append(row)
     return rows
 
 
-def show(case: Case, rows: Sequence[dict], absent: dict[str, str], target: str) -> None:
+def show(case: Case, rows: Sequence[dict], absent: dict[str, str], target: str, elapsed: float) -> None:
     floor = rows[0]["floor_us"] if rows else float("nan")
-    print(f"\n{case.op}  {case.label}  floor {floor:.1f} us {case.notes and '(' + case.notes + ')'}")
+    print(f"\n{case.op}  {case.label}  floor {floor:.1f} us {case.notes and '(' + case.notes + ')'}  [{elapsed:.1f} s]")
     for row in rows:
         spread = f"[{row['low_us']:.1f} - {row['high_us']:.1f}]"
         peer = f"{row['times_ours']:7.2f}x ours" if "times_ours" in row else ""
-        time = f"{row[target + '_us']:10.1f} us {row['floor_ratio']:7.2f}x floor"
-        print(f"  {row['variant']:38s} {time}  {spread:22s} {peer}", flush=True)
+        taken = f"{row[target + '_us']:10.1f} us {row['floor_ratio']:7.2f}x floor"
+        print(f"  {row['variant']:38s} {taken}  {spread:22s} {peer}", flush=True)
     for peer, why in absent.items():
         print(f"  {peer:38s} not measured: {why}")
 
@@ -149,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--untested", action="store_true", help="do not run the tests first; the report says so")
     form.add_argument("--base", metavar="GITREF", help="also that state of the tree, or a folder with a built package")
     form.add_argument("--json", type=Path, help="write all figures to this file")
-    form.add_argument("--save", type=Path, nargs="?", const=ROOT / "bench" / "results", metavar="FOLDER",
+    results = ROOT / "bench" / "results"
+    form.add_argument("--save", type=Path, nargs="?", const=results if results.exists() else Path(), metavar="FOLDER",
                       help="write <device>_<what>.json and its plots into this folder (bench/results)")  # fmt: skip
     form.add_argument("--plot", action="store_true", help="draw time over seq_len beside the JSON file")
     return form
@@ -185,9 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stage, case in wanted:
         if args.warm:
             case = warmed(case)
+        begin = time.monotonic()
         result = measured(case, device, args, other)
         own = rows_of(case, stage, result, case.floor(limit), target)
-        show(case, own, result["absent"], target)
+        show(case, own, result["absent"], target, time.monotonic() - begin)
         rows += own
         missing += [
             {"op": case.op, "case": case.label, "variant": v, "why": why} for v, why in result["absent"].items()

@@ -2,9 +2,9 @@
 // product of the CPU twins.
 //
 // Right rows lie in panels of kOuterPanel rows, turned: [depth, kOuterPanel]. Two forms: float32,
-// for every dtype; and pairs, for bfloat16 where the processor multiplies two bfloat16 numbers a
-// step (AVX-512 BF16): [depth / 2, kOuterPanel] of two neighbours each. In both, products are exact
-// or rounded once and sums are float32; the pairs form takes subnormal inputs and sums for zero.
+// for every dtype; and pairs, where the processor multiplies two bfloat16 numbers a lane and step
+// and is faster so (AVX-512 BF16 on AMD): [depth / 2, kOuterPanel] of two neighbours each. In both,
+// products are exact or rounded once and sums are float32; pairs take subnormal numbers for zero.
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
 from kvcompress.cli.methods import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,10 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_methods_table_is_the_registry():
     table = re.search(r"<!-- methods: (.*?) -->\n(.*?)\n?<!-- /methods -->", README, re.DOTALL)
     assert table[2] == markdown(), f"`make readme` writes the output of `{table[1]}` between the marks"
+
+
+def test_measured_tables_are_the_files():
+    assert report.filled(README, ROOT) == README, "`make readme` writes the tables from bench/results"
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"from (\w+)|import kvcompress", text)[0])

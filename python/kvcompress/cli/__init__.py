@@ -1,4 +1,4 @@
-"""The command line: `kvcompress demo | generate | methods | doctor`. Only this room imports typer and rich."""
+"""The command line: `kvcompress --help` lists the commands. Only this room imports typer and rich."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import kvcompress
+from kvcompress.cli.bench import bench
 from kvcompress.cli.demo import demo
 from kvcompress.cli.doctor import doctor
 from kvcompress.cli.eval import evaluate
@@ -42,6 +43,8 @@ app = typer.Typer(
 for command in (demo, generate, methods, inspect, tune, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command(context_settings=_PASSED_ON)(bench)
 
 
 def _print_version(wanted: bool) -> None:

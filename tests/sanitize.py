@@ -1,0 +1,72 @@
+"""compute-sanitizer over the tests of all ops: `make sanitize`, or `python tests/sanitize.py --help`.
+
+All four tools, each over every room, side by side: memcheck, racecheck, initcheck, synccheck. Of each test at most
+`--sample` parametrisations run, evenly spread, and few fuzz examples: the shapes are the odd ones that the tests are
+made of. memcheck, racecheck and synccheck look at this library's kernels only; initcheck must see torch's too, since
+they are who writes the inputs. Ends with an error unless every process found nothing and ran at least one test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+ROOMS = ["score", "budget", "select", "store", "attend"]
+
+
+def run(tool: str, room: str, sample: int, limit: float, folder: Path) -> tuple[bool, str]:
+    """One process: whether it is clean, and a line that says what ran."""
+    log = folder / f"{tool}_{room}.log"
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+    command += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=kvc"]
+    command += [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--sample", str(sample)]
+    environment = {**os.environ, "KVCOMPRESS_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "1"}
+    if tool in ("memcheck", "initcheck"):  # else one block of the allocator hides who reads beyond his own
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    begin = time.monotonic()
+    with log.open("w") as out:
+        try:
+            done = subprocess.run(
+                [*command, f"tests/{room}"], cwd=ROOT, stdout=out, stderr=out, env=environment, timeout=limit
+            )
+            code: int | str = done.returncode
+        except subprocess.TimeoutExpired:
+            code = f"none after {limit:.0f} s"
+    text = log.read_text()
+    passed = re.search(r"(\d+) passed", text)
+    errors = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
+    found = sum(int(a or b) for a, b in errors)
+    is_clean = code == 0 and passed is not None and bool(errors) and found == 0
+    what = f"{passed[1] if passed else 'no'} tests passed, {found if errors else '?'} errors"
+    return is_clean, f"{tool:10s} {room:8s} {what}, exit code {code}, {time.monotonic() - begin:.0f} s"
+
+
+def main() -> None:
+    form = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form.add_argument("--tool", choices=TOOLS, action="append", help="only these (default: all four)")
+    form.add_argument("--room", choices=ROOMS, action="append", help="only these (default: all)")
+    form.add_argument("--sample", type=int, default=4, help="parametrisations of a test (default: 4)")
+    form.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side (default: all cores)")
+    form.add_argument("--limit", type=float, default=600, help="seconds a process may take (default: 600)")
+    form.add_argument("--logs", type=Path, default=ROOT / "build" / "sanitize", help="folder of the full logs")
+    args = form.parse_args()
+    args.logs.mkdir(parents=True, exist_ok=True)
+    work = [(tool, room) for room in args.room or ROOMS for tool in args.tool or TOOLS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tasks = [pool.submit(run, tool, room, args.sample, args.limit, args.logs) for tool, room in work]
+        results = [task.result() for task in tasks]
+    print(*sorted(line for _, line in results), sep="\n")
+    if not all(is_clean for is_clean, _ in results):
+        sys.exit(f"not clean; the logs are in {args.logs}")
+
+
+if __name__ == "__main__":
+    main()
