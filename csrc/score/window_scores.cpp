@@ -108,8 +108,8 @@ Tensor window_scores(const Tensor& q, const Tensor& k, const std::optional<Tenso
   params.max_chunks = std::clamp<int64_t>(wanted, 1, (seq_len + kMinChunk - 1) / kMinChunk);
   Tensor row_stats = torch::stable::new_empty(q, {params.max_chunks, batch, num_q_heads, window, 2},
                                               ScalarType::Float);
-  Tensor votes =
-      torch::stable::new_empty(q, {batch, params.vote_heads(), seq_len}, ScalarType::Float);
+  const int64_t vote_rows = std::max(params.vote_heads(), num_kv_heads * params.row_groups());
+  Tensor votes = torch::stable::new_empty(q, {batch, vote_rows, seq_len}, ScalarType::Float);
   params.row_stats = row_stats.mutable_data_ptr<float>();
   params.votes = votes.mutable_data_ptr<float>();
   params.out = out.mutable_data_ptr<float>();

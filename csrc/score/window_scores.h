@@ -36,6 +36,9 @@ constexpr int64_t kRowTile = 256;
 constexpr int64_t kMaxRowItems = 1024;
 constexpr int64_t kMinChunk = 256;  // keys
 
+// The Hopper form of pass 2 takes whole query heads of a kv head, together at most so many rows.
+constexpr int64_t kRowGroup = 256;
+
 struct WindowScoresParams {
   const void* q;             // [batch, num_q_heads, window, head_dim], last dimension contiguous
   const void* k;             // [batch, num_kv_heads, seq_len, head_dim], same
@@ -44,7 +47,8 @@ struct WindowScoresParams {
   const int32_t* seq_start;  // [batch] first real key, or null
   float* row_stats;  // scratch [max_chunks, batch * num_q_heads * window, 2]: (max, sum), then
                      // (max, 1 / sum)
-  float* votes;      // scratch [batch, vote_heads, seq_len]
+  float* votes;      // scratch [batch, num_kv_heads * row_groups, seq_len]; without wgmma
+                     // [batch, vote_heads, seq_len] of it
   float* out;        // [batch, out_heads, seq_len]
   int64_t batch, num_q_heads, num_kv_heads, window, seq_len, head_dim;
   int64_t first_query, num_scored, kernel_size, max_chunks;
@@ -66,6 +70,15 @@ struct WindowScoresParams {
     return pool_first || group_reduce == GroupReduce::kNone;
   }
   constexpr int64_t vote_heads() const { return votes_per_q_head() ? num_q_heads : num_kv_heads; }
+  constexpr int64_t padded_window() const { return (window + 7) / 8 * 8; }
+  // Parts of a kv head's query heads whose votes are reduced by pass 3: one head each where that is
+  // no sum.
+  constexpr int64_t row_groups() const {
+    if (window > kRowGroup) return 1;
+    if (votes_per_q_head() || group_reduce == GroupReduce::kMax) return q_per_kv();
+    const int64_t heads = kRowGroup / padded_window();
+    return (q_per_kv() + heads - 1) / heads;
+  }
   constexpr int64_t out_heads() const {
     return group_reduce == GroupReduce::kNone ? num_q_heads : num_kv_heads;
   }

@@ -22,12 +22,13 @@
 
 #include "device/check.cuh"
 #include "device/dispatch.cuh"
+#include "device/launch.cuh"
 #include "device/limits.cuh"
 #include "device/math.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
 #include "device/vec.cuh"
-#include "score/window_scores.h"
+#include "score/window_scores_sm90a.h"
 
 namespace kvc {
 namespace {
@@ -509,47 +510,91 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
 // --- pass 3
 
-__device__ __forceinline__ float pooled(const WindowScoresParams& p, const float* votes, int64_t j,
-                                        int64_t begin, int64_t end) {
-  if (p.pool == Pool::kNone) return votes[j];
-  const int64_t half = p.kernel_size / 2;
-  const int64_t first = max(j - half, begin), last = min(j + half + 1, end);
+// Votes of a column: of one head, or of `planes` row groups that the group's reduction joins.
+__device__ __forceinline__ float joined(const WindowScoresParams& p, const float* votes,
+                                        int planes) {
+  float all = votes[0];
+  for (int i = 1; i < planes; ++i) {
+    const float one = votes[i * p.seq_len];
+    all = p.group_reduce == GroupReduce::kMax ? nan_max(all, one) : all + one;
+  }
+  return all;
+}
+
+constexpr int kColumnThreads = 256;
+constexpr int kColumns = 4 * kColumnThreads;  // of a block
+constexpr int kMaxHalo = 128;                 // columns on either side that a pool may reach for
+
+// Columns [first, last) of votes, or of a copy of them in shared memory.
+template <typename VoteAt>
+__device__ __forceinline__ float pooled(const WindowScoresParams& p, int64_t first, int64_t last,
+                                        VoteAt&& vote_at) {
   float all = p.pool == Pool::kMax ? -kInf : 0.0f;
   for (int64_t i = first; i < last; ++i) {
-    all = p.pool == Pool::kMax ? nan_max(all, votes[i]) : all + votes[i];
+    const float vote = vote_at(i);
+    all = p.pool == Pool::kMax ? nan_max(all, vote) : all + vote;
   }
   return p.pool == Pool::kAvg ? all / static_cast<float>(p.kernel_size) : all;
 }
 
-constexpr int kColumns = 256;  // threads, a column each
-
-__global__ void __launch_bounds__(kColumns)
-    write_scores_kernel(const __grid_constant__ WindowScoresParams p, int blocks_per_row) {
-  const int64_t row = blockIdx.x / blocks_per_row;
-  const int64_t j = static_cast<int64_t>(blockIdx.x % blocks_per_row) * kColumns + threadIdx.x;
-  if (j >= p.seq_len) return;
-  const int64_t b = row / p.out_heads(), h = row % p.out_heads();
+__global__ void __launch_bounds__(kColumnThreads)
+    write_scores_kernel(const __grid_constant__ WindowScoresParams p, int blocks_per_row,
+                        int planes) {
+  __shared__ float line[kColumns + 2 * kMaxHalo];
+  const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(blocks_per_row));
+  const int64_t j0 =
+      static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(blocks_per_row)) * kColumns;
+  const int out_heads = static_cast<int>(p.out_heads()), b = row / out_heads, h = row % out_heads;
   int64_t start = 0;
   if (p.seq_start) start = min(max(static_cast<int64_t>(p.seq_start[b]), int64_t{0}), p.seq_len);
-  float score;
-  if (j < start) {
-    score = -kInf;
-  } else if (j >= p.num_scored) {
-    score = kInf;
-  } else {
-    const int64_t group = p.vote_heads() / p.out_heads();  // 1 unless the pool came first
-    const float* votes = p.votes + (b * p.vote_heads() + h * group) * p.seq_len;
-    score = pooled(p, votes, j, start, p.num_scored);
-    for (int64_t g = 1; g < group; ++g) {
-      const float one = pooled(p, votes + g * p.seq_len, j, start, p.num_scored);
-      score = p.group_reduce == GroupReduce::kMax ? nan_max(score, one) : score + one;
+  const int64_t half = p.pool == Pool::kNone ? 0 : p.kernel_size / 2;
+  const int group = static_cast<int>(p.vote_heads()) / out_heads;  // 1 unless the pool came first
+  const int64_t row_votes = planes * p.seq_len;
+  const float* votes = p.votes + (b * p.vote_heads() + h * group) * row_votes;
+  launch_wait();  // for the votes
+
+  float scores[kColumns / kColumnThreads];
+  for (int g = 0; g < group; ++g, votes += row_votes) {
+    if (half <= kMaxHalo) {
+      if (g > 0) __syncthreads();
+#pragma unroll 4
+      for (int i = threadIdx.x; i < kColumns + 2 * half; i += kColumnThreads) {
+        const int64_t j = j0 - half + i;
+        if (j >= start && j < p.num_scored) line[i] = joined(p, votes + j, planes);
+      }
+      __syncthreads();
     }
-    if (group > 1 && p.group_reduce == GroupReduce::kMean) score /= static_cast<float>(group);
+#pragma unroll
+    for (int c = 0; c < kColumns / kColumnThreads; ++c) {
+      const int64_t j = j0 + c * kColumnThreads + threadIdx.x;
+      if (j < start || j >= p.num_scored) continue;
+      const int64_t first = max(j - half, start), last = min(j + half + 1, p.num_scored);
+      const float one =
+          half > kMaxHalo
+              ? pooled(p, first, last, [&](int64_t i) { return joined(p, votes + i, planes); })
+              : pooled(p, first - j0 + half, last - j0 + half, [&](int64_t i) { return line[i]; });
+      scores[c] = g == 0                                ? one
+                  : p.group_reduce == GroupReduce::kMax ? nan_max(scores[c], one)
+                                                        : scores[c] + one;
+    }
   }
-  p.out[row * p.seq_len + j] = score;
+#pragma unroll
+  for (int c = 0; c < kColumns / kColumnThreads; ++c) {
+    const int64_t j = j0 + c * kColumnThreads + threadIdx.x;
+    if (j >= p.seq_len) continue;
+    float score = scores[c];
+    if (group > 1 && p.group_reduce == GroupReduce::kMean) score /= static_cast<float>(group);
+    p.out[row * p.seq_len + j] = j < start ? -kInf : j >= p.num_scored ? kInf : score;
+  }
 }
 
 // --- policy
+
+// Hopper's passes wherever they fit: 16-bit elements, head_dim to 128, 16-byte steps, window to 256
+// and no maximum over it.
+bool use_wgmma(const WindowScoresParams& p) {
+  return device_limits().major == 9 && p.num_scored > 0 && window_scores_fits_sm90a(p);
+}
 
 template <typename T>
 bool loads_of_16_bytes(const WindowScoresParams& p) {
@@ -628,7 +673,10 @@ void launch_passes(const WindowScoresParams& p, cudaStream_t stream) {
 // The head_dims with a kernel of their own; the others take the next larger.
 template <typename T>
 void launch(const WindowScoresParams& p, cudaStream_t stream) {
-  if (p.num_scored > 0) {
+  const bool wgmma = use_wgmma(p);
+  if (wgmma) {
+    window_votes_sm90a(p, stream);
+  } else if (p.num_scored > 0) {
     constexpr bool kAll = sizeof(T) == 2;
     if (p.head_dim <= 64) {
       launch_passes<T, 64>(p, stream);
@@ -644,9 +692,10 @@ void launch(const WindowScoresParams& p, cudaStream_t stream) {
   }
   const int64_t blocks_per_row = ceil_div(p.seq_len, kColumns);
   const int64_t rows = p.batch * p.out_heads();
-  write_scores_kernel<<<static_cast<unsigned>(blocks_per_row * rows), kColumns, 0, stream>>>(
-      p, static_cast<int>(blocks_per_row));
-  launch_check(kOp);
+  const bool planes = wgmma && !p.votes_per_q_head();
+  Launch(static_cast<unsigned>(blocks_per_row * rows), kColumnThreads, 0, stream)
+      .early(wgmma)(kOp, write_scores_kernel, p, static_cast<int>(blocks_per_row),
+                    planes ? static_cast<int>(p.row_groups()) : 1);
 }
 
 }  // namespace

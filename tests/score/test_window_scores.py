@@ -151,6 +151,56 @@ def test_fills(device):
     assert (out[..., 32:] == INF).all()
 
 
+def unaligned(k):
+    """The same keys where no load of 16 bytes, and so neither TMA nor wgmma, can reach them."""
+    odd = torch.empty(*k.shape[:-1], k.shape[-1] + 3, dtype=k.dtype, device=k.device)[..., 1 : k.shape[-1] + 1]
+    return odd.copy_(k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "window", "seq_len", "head_dim"),
+    [
+        (8, 2, 64, 333, 128),  # 256 rows: a row group
+        (8, 2, 32, 1000, 128),  # 128 rows
+        (8, 8, 8, 700, 128),  # 8 rows
+        (6, 2, 33, 555, 96),  # an odd window, padded to 40
+        (16, 1, 64, 450, 64),  # 1024 rows: four groups
+        (10, 2, 100, 300, 80),  # groups of 2, 2 and 1 heads
+        (4, 2, 256, 600, 128),
+        (3, 1, 130, 131, 112),
+        (32, 2, 8, 129, 72),
+        (4, 4, 1, 65, 40),
+    ],
+)
+def test_paths_agree(dtype, num_q_heads, num_kv_heads, window, seq_len, head_dim, device):
+    """Aligned and unaligned keys, which take different kernels on Hopper: each against float64, in every reduction."""
+    q, k = make(2, num_q_heads, num_kv_heads, window, seq_len, head_dim, dtype, device)
+    start = torch.tensor([0, seq_len // 3], dtype=torch.int32, device=device)
+    weights = torch.rand(2, num_kv_heads, seq_len, device=device)
+    lse = reference.log_sum_exp(q, k, start).nan_to_num(neginf=0.0)
+    for keys in (k, cases.strided(k), unaligned(k)):
+        check(q, keys, pool="avg", kernel_size=5)
+        check(q, keys, seq_start=start, weights=weights, group_reduce="max", pool="max", kernel_size=7)
+        check(q, keys, seq_start=start, lse=lse, num_scored=seq_len, group_reduce="sum", window_reduce="mean")
+        check(q, keys, seq_start=start, group_reduce="none", pool="max", kernel_size=3)
+        check(q, keys, pool_first=True, pool="max", kernel_size=3, first_query=seq_len // 2, num_scored=seq_len)
+        check(q, keys, window_reduce="max")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_logits_that_grow(head_dim, device):
+    """Each stretch of keys outweighs all before it: a running reference has to move, and 2^64 apart in one step."""
+    q, k = make(1, 4, 1, 64, 3000, head_dim, torch.bfloat16, device)
+    q, k = q.abs(), k.abs()
+    k *= torch.linspace(0, 4, 3000, device=device)[:, None].to(k.dtype)
+    check(q, k, num_scored=3000)
+    k[:, :, 1500] *= 30
+    check(q, k, num_scored=3000)
+    check(q, unaligned(k), num_scored=3000)
+    check(q, -k, num_scored=3000)
+
+
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("head_dim", [8, 80, 128])
 def test_strided_views(dtype, head_dim, device):
@@ -160,9 +210,9 @@ def test_strided_views(dtype, head_dim, device):
     assert torch.equal(kvcompress.window_scores(*views, pool="avg", kernel_size=5), expected)
     bshd = k.transpose(1, 2).contiguous().transpose(1, 2)
     assert torch.equal(kvcompress.window_scores(q, bshd, pool="avg", kernel_size=5), expected)
-    odd = torch.empty(2, 2, 170, head_dim + 3, dtype=dtype, device=device)[..., 1 : head_dim + 1]  # no 16-byte loads
-    odd.copy_(k)
-    assert torch.equal(kvcompress.window_scores(q, odd, pool="avg", kernel_size=5), expected)
+    # without 16-byte steps other kernels may run
+    check(q, unaligned(k), pool="avg", kernel_size=5)
+    assert torch.equal(*(kvcompress.window_scores(q, unaligned(x), pool="avg", kernel_size=5) for x in (k, views[1])))
 
 
 def test_large_logits(device):
