@@ -27,6 +27,8 @@ __all__ = ["Reading", "compress_directly", "replayable"]
 
 def replayable(method: Method, config: Any) -> bool:
     """Whether a method needs nothing but what a `Reading` keeps: full-attention layers, cut at the end of the prompt."""
+    if method.stages().lookahead is not None:
+        return False  # it decodes before it cuts
     cache = CompressedCache(config, method)
     return all(isinstance(layer, CompressedLayer) for layer in cache.layers) and isinstance(
         method.stages().when, (Prefill, EveryStep)

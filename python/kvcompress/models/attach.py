@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.models import attention
 from kvcompress.models.cache import CompressedCache
+from kvcompress.models.lookahead import look_ahead
 
 __all__ = ["Attachment", "attach"]
 
@@ -65,6 +66,7 @@ class Attachment:
             inner = _attention_of(module)
             if inner is not None:
                 self._hook(module, inner)
+        self._handles.append(model.register_forward_pre_hook(self._draft, with_kwargs=True))
         attention.attachments.update(dict.fromkeys(self._modules(model), self))
         _attached[model] = self
         _Cudnn.off()
@@ -96,6 +98,16 @@ class Attachment:
     @staticmethod
     def _modules(model: PreTrainedModel) -> list[nn.Module]:
         return [module for module in model.modules() if hasattr(module, "layer_idx")]
+
+    def _draft(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first token is decoded: the draft of a method that looks ahead."""
+        for name in ("past_key_values", "cache"):
+            cache = kwargs.get(name)
+            if isinstance(cache, CompressedCache) and cache.lookahead is not None:
+                inputs = {**kwargs, "input_ids": args[0]} if args else kwargs
+                tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+                if tokens is not None and cache.wants_draft(tokens.shape[1]):
+                    look_ahead(model, cache, inputs, name)
 
     # --- the residual stream
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from kvcompress.lookahead import Lookahead
 from kvcompress.models.attention import expect
 from kvcompress.models.layer import CompressedLayer
 from kvcompress.models.rows import Rows
@@ -172,7 +173,33 @@ class CompressedCache(Cache):
             if new == 1 or dropped:
                 self.finish_prompt()
         self._decoding = first.prompt_over
-        self._cut = self._pipeline is not None and not self.chunked_prefill and not first.record_past
+        waits = self.chunked_prefill or first.record_past or self.lookahead is not None
+        self._cut = self._pipeline is not None and not waits
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """The draft that the method makes before it cuts."""
+        return None if self._pipeline is None else self._pipeline.stages.lookahead
+
+    def wants_draft(self, new: int) -> bool:
+        """Whether a forward of `new` tokens must wait for the draft."""
+        first = self._compressed[0]
+        held = first.store is not None and not first.prompt_over and first.lookahead[0] is None
+        return held and new == 1 and self.lookahead is not None
+
+    def take_lookahead(self, queries: dict[int, Tensor], lengths: list[int]) -> None:
+        """The queries ``[batch, num_q_heads, n, head_dim]`` of a draft, layer by layer; row b's are the first ``lengths[b]``."""
+        for layer in self._compressed:
+            layer.lookahead = (queries[layer.layer_idx], lengths)
+
+    def activate_past_recording(self) -> None:
+        """Drafts of an assistant may follow."""
+        if self.lookahead is not None:
+            raise NotImplementedError(
+                f"CompressedCache: {self.method} cuts when the first token is decoded, by a draft of its own, so an assistant's "
+                "drafts cannot come before; generate without an assistant"
+            )
+        super().activate_past_recording()
 
     def finish_prompt(self) -> None:
         """Ends the prompt: cuts what chunked prefill holds, as the first decoded token would.

@@ -58,6 +58,7 @@ class CompressedLayer(CacheLayerMixin):
         self.prompt_over = False
         self.cut_from: list[int] | None = None
         self.record_past = False
+        self.lookahead: tuple[Tensor | None, list[int]] = (None, [])  # queries of a draft, and how many of them a row
         self.softmax_scale = 1.0
         self._inv_freq: Tensor | None = None
         self._queries: Tensor | None = None
@@ -245,6 +246,7 @@ class CompressedLayer(CacheLayerMixin):
             self._report()
         self.prompt_over, self.record_past = True, False
         self._queries, self._cosines, self._draft_cosines = None, [], None
+        self.lookahead = None, []
 
     def _cut_stored(self) -> None:
         store = self.store
@@ -255,11 +257,17 @@ class CompressedLayer(CacheLayerMixin):
         self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int], store: Store | None = None
     ) -> None:
         assert self.pipeline is not None
+        self.store = self.pipeline.compress(self._state(keys, values, queries, lengths), store)
+        self.is_cut, self.cut_from, self._since_cut = True, list(lengths), 0
+
+    def _state(self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int]) -> LayerState:
+        """The prompt so far as the stages see it."""
+        assert self.pipeline is not None
         start = None
         if min(lengths, default=0) < keys.shape[2]:
             start = torch.tensor([keys.shape[2] - n for n in lengths], dtype=torch.int32, device=keys.device)
         wanted = self.pipeline.queries
-        state = LayerState(
+        return LayerState(
             index=self.index,
             num_layers=self.num_layers,
             queries=None if queries is None or wanted == 0 else queries[:, :, -wanted:],
@@ -269,9 +277,19 @@ class CompressedLayer(CacheLayerMixin):
             softmax_scale=self.softmax_scale,
             seq_start=start,
             inv_freq=self._inv_freq,
+            lookahead=self.lookahead[0],
+            lookahead_lengths=self.lookahead[1],
         )
-        self.store = self.pipeline.compress(state, store)
-        self.is_cut, self.cut_from, self._since_cut = True, list(lengths), 0
+
+    def adopt(self, whole: CompressedLayer, pipeline: Pipeline) -> None:
+        """Goes on behind the prompt of `whole`, which stays as it is, over what `pipeline` keeps of it."""
+        store = whole.store
+        assert store is not None
+        state = whole._state(*store.prompt(), whole._queries, store.seen)
+        self.pipeline = pipeline
+        self.store = pipeline.compress(state)
+        self.columns, self.softmax_scale, self._inv_freq = whole.columns, whole.softmax_scale, whole._inv_freq
+        self.is_cut, self.prompt_over, self.cut_from = True, True, list(store.seen)
 
     def observe(self, before: Tensor, update: Tensor) -> None:
         """Takes the residual stream around this layer's attention in the forward that just ran."""
