@@ -12,6 +12,7 @@ from kvcompress.calibrated import Calibrated, calibrated_keep, fit_quality, pred
 from kvcompress.layer import LayerState
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline
+from tests.methods.ragged import kept
 from tests.methods.scoring import DTYPES, LENGTHS, check, layer
 from tests.reference.rotary import rope
 
@@ -113,7 +114,9 @@ def test_accounting(accounting, kept, device):
     [
         ({"tail": "none"}, 'compactor: tail must be "exact", "official" or "kvpress", got \'none\''),
         ({"protected": "no"}, 'compactor: protected must be "scored" or "unscored", got \'no\''),
-        ({"accounting": "both"}, 'compactor: accounting must be "outside" or "inside", got \'both\''),
+        ({"accounting": "both"}, 'compactor: accounting must be "outside", "inside" or "official", got \'both\''),
+        ({"heads": "all"}, 'compactor: heads must be "equal" or "layer", got \'all\''),
+        ({"page_size": 16}, 'compactor: page_size must be at least 1, and 1 unless heads is "layer", got 16'),
         ({"kernel_size": 2}, "compactor: kernel_size must be odd, got 2"),
         ({"chunk": 0}, "compactor: chunk must be at least 1, got 0"),
         ({"regulariser": 0.0}, "compactor: regulariser must be above 0, got 0.0"),
@@ -177,3 +180,40 @@ def test_fit_refused():
         fit_quality([0.5, 0.6], [1.0, np.nan], [0.9, 0.8])
     with pytest.raises(ValueError, match="caution must be at least 1"):
         fit_quality([0.5, 0.6], [1.0, 2.0], [0.9, 0.8], caution=0.5)
+
+
+@pytest.mark.parametrize("page_size", [1, 8])
+@pytest.mark.parametrize("accounting", ["inside", "outside", "official"])
+def test_best_of_a_layer(accounting, page_size, device):
+    """The best scores of all heads in one list, the protected ones first; pages are filled with a head's next best."""
+    state = layer([90, 41], dtype=torch.float32, device=device)
+    method = create(
+        "compactor",
+        budget=0.4,
+        heads="layer",
+        accounting=accounting,
+        page_size=page_size,
+        sink=3,
+        window=5,
+        chunk=16,
+        leverage_block=32,
+        sketch=8,
+    )
+    stages = method.stages()
+    scores = stages.score(state)
+    store = Pipeline(stages, 1).compress(state)
+    heads = scores.shape[1]
+    for row, length in enumerate([90, 41]):
+        quota = {
+            "inside": heads * int(0.4 * length),
+            "outside": heads * (8 + int(0.4 * (length - 8))),
+            "official": round(0.4 * (length - 8) * heads),
+        }[accounting]
+        own = scores[row, :, state.seq_len - length :].cpu()
+        best = own.flatten().argsort(descending=True, stable=True)[:quota]
+        won = torch.bincount(best // length, minlength=heads)
+        wanted = (-(-won // page_size) * page_size).clamp_max(length).tolist()
+        assert store.head_lengths[row] == wanted
+        for head, held in enumerate(kept(store, row)):
+            assert held == own[head].argsort(descending=True, stable=True)[: wanted[head]].sort().values.tolist()
+            assert {0, 1, 2, *range(length - 5, length)} <= set(held)

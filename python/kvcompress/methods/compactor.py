@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +12,14 @@ from torch.nn.functional import avg_pool1d
 
 from kvcompress import score, select
 from kvcompress.budget import Budget, Scores, Uniform, entries
+from kvcompress.heads import counts_in_global_top
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
 
 Tail = Literal["exact", "official", "kvpress"]
 Protected = Literal["scored", "unscored"]
-Accounting = Literal["outside", "inside"]
+Accounting = Literal["outside", "inside", "official"]
 
 
 @register("compactor", title="Compactor", paper="arXiv 2507.08143")
@@ -33,8 +34,9 @@ class Compactor(Method):
     The paper's budgets by context are `kvcompress.calibrated.Calibrated`, which goes with any method's stages.
 
     Departures from vnchari/compactor-vllm@8bbac3a:
-        - protected entries are beside the quota (official: they use it up, and lose some of themselves if it is small).
-        - equal budgets for the heads; the official selection across the heads of a layer needs ragged heads.
+        - protected entries are beside the quota (official: they use it up, and lose some of themselves if it is small; ours
+          stay in any case).
+        - equal budgets for the heads, which is the paper's other selection; ``heads="layer"`` is the official one.
         - sketch in float32 and the factorisation in float64, by Cholesky (official: model dtype, SVD with two retries).
         - a spread below 1e-6 divides as 1e-6: equal entries score 0 (official: 0 / 0 in a block of one token).
         - a short last chunk is exact (`tail`); keys before RoPE are the cached keys turned back.
@@ -52,7 +54,10 @@ class Compactor(Method):
         tail: what a short last chunk sees: "exact", its own entries; "official", the same and a constant from the padded rows
             of a 64-row tile; "kvpress", zero keys and zero queries up to a whole chunk.
         protected: "scored" with the rest (official) or "unscored": left out of all statistics (kvpress).
-        accounting: a share is of the unprotected entries, the protected ones come on top ("outside"), or of all ("inside").
+        accounting: a share is of the unprotected entries, the protected ones come on top ("outside"), or of all ("inside"),
+            or of the unprotected ones and includes the protected ones ("official").
+        heads: "equal": every head keeps the same; "layer": the best of all heads of a layer.
+        page_size: with ``heads="layer"``, each head is filled up to a multiple of it with its next best entries.
         seed: of the sketch.
     """
 
@@ -69,34 +74,83 @@ class Compactor(Method):
     sink: int = 16
     window: int = 64
     accounting: Accounting = "outside"
+    heads: Literal["equal", "layer"] = "equal"
+    page_size: int = 1
     seed: int = 0
 
     def stages(self) -> Stages:
-        if self.accounting not in ("outside", "inside"):
-            raise ValueError(f'compactor: accounting must be "outside" or "inside", got {self.accounting!r}')
-        outside = self.accounting == "outside" and isinstance(self.budget, float)
+        if self.accounting not in ("outside", "inside", "official"):
+            raise ValueError(
+                f'compactor: accounting must be "outside", "inside" or "official", got {self.accounting!r}'
+            )
+        if self.heads not in ("equal", "layer"):
+            raise ValueError(f'compactor: heads must be "equal" or "layer", got {self.heads!r}')
+        if self.page_size < 1 or (self.page_size > 1 and self.heads == "equal"):
+            raise ValueError(
+                f'compactor: page_size must be at least 1, and 1 unless heads is "layer", got {self.page_size}'
+            )
+        protected = self.sink + self.window
+        budget: Budget = Uniform(self.budget)
+        if isinstance(self.budget, float) and self.accounting != "inside":
+            budget = BesideProtected(self.budget, protected, is_inside=self.accounting == "official")
+        share = self.budget if isinstance(self.budget, float) and self.accounting == "official" else None
         return Stages(
+            heads=BestOfLayer(share, protected, self.page_size) if self.heads == "layer" else None,
             score=LeverageAndAttention(
                 self.sketch, self.leverage_block, self.regulariser, self.blend, self.chunk, self.logit_scale, self.value_norm,
                 self.kernel_size, self.tail, self.protected, self.sink, self.window, self.seed,
             ),
-            budget=BesideProtected(self.budget, self.sink + self.window) if outside else Uniform(self.budget),
+            budget=budget,
             select=select.TopK(sink=self.sink, window=self.window),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BesideProtected(Budget):
-    """A share of the entries that are not protected, and the protected ones."""
+    """A share of the entries that are not protected, and the protected ones: beside that share, or inside it."""
 
-    share: int | float
+    share: float
     protected: int
+    is_inside: bool = False
 
     def __post_init__(self) -> None:
         entries(self.share, 1)
 
     def first(self, layer: LayerState, scores: Scores) -> list[int]:
-        return [min(n, self.protected) + entries(self.share, max(0, n - self.protected)) for n in layer.lengths]
+        forced = [min(n, self.protected) for n in layer.lengths]
+        shares = [entries(self.share, max(0, n - self.protected)) for n in layer.lengths]
+        return [max(k, n) if self.is_inside else k + n for k, n in zip(forced, shares)]
+
+
+@dataclass(frozen=True)
+class BestOfLayer:
+    """The best scores of all heads of a layer in one list, beside the forced entries of each head.
+
+    Attributes:
+        share: a row of n entries keeps ``max(1, round(share * (n - protected) * heads))``, the forced ones included (official);
+            None: `heads` times the layer's count.
+        protected: forced entries of each head.
+        page_size: heads are filled up to a multiple of it.
+    """
+
+    share: float | None
+    protected: int
+    page_size: int
+
+    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+        heads = scores.shape[1]
+        real = scores > -torch.inf
+        lengths = real[:, 0].sum(-1).tolist()
+        totals = [heads * n for n in counts]
+        if self.share is not None:
+            wanted = [max(1, round(self.share * (n - self.protected) * heads)) for n in lengths]
+            totals = [max(total, heads * min(n, self.protected)) for total, n in zip(wanted, lengths)]
+        won = counts_in_global_top(scores, totals).tolist()
+        return [[min(-(-k // self.page_size) * self.page_size, n) for k in row] for row, n in zip(won, lengths)]
+
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+        """Winners of fewer are winners of more."""
+        return self(scores, counts, layer=layer)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvcompress import budget, score, select
+from kvcompress.heads import AdaptiveHeads
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
@@ -34,7 +35,8 @@ class CurDKV(Method):
         - float32 whatever the cache's dtype (kvpress fails on bfloat16 with the sketch).
         - the sketch comes from a seeded generator, the same for all layers and calls (official: a new one each call).
         - a window of zeros scores 0 (official: 0 / 0).
-        - the same number of entries for every head; AdaCurDKV's head budgets need ragged heads.
+        - AdaCurDKV, `adaptive`, whose official code was not found, is kvpress's rule over these scores: one list of all
+          heads' scores splits a layer, the heads' own best `adaptive` share of the mean staying in any case.
 
     Attributes:
         combine: "key", "value", "kv_avg" or "kv_product" (the paper's).
@@ -44,6 +46,8 @@ class CurDKV(Method):
         sketch: columns of G (paper: about 20); None: exact energies, as both official codes default to.
         sink: first entries, always kept.
         seed: of the sketch.
+        adaptive: None: every head keeps `budget`; a share in [0, 1]: AdaCurDKV, heads keep what they win and at least that share of
+            `budget` (0.2 as AdaKV), `budget` on average.
     """
 
     combine: Combine = "kv_product"
@@ -52,9 +56,11 @@ class CurDKV(Method):
     sketch: int | None = None
     sink: int = 4
     seed: int = 0
+    adaptive: float | None = None
 
     def stages(self) -> Stages:
         return Stages(
+            heads=None if self.adaptive is None else AdaptiveHeads(self.adaptive, rounding="safeguard"),
             score=RowEnergy(self.combine, self.local_window, self.pad, self.sketch, self.sink, self.seed),
             budget=budget.Uniform(self.budget),
             select=select.TopK(sink=self.sink),

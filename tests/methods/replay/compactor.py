@@ -6,8 +6,8 @@ batch is one row, with the method's own. The stored sketches replace ours; kvpre
 
 Leverage is compared where the case calls it valid: elsewhere a block has hardly more entries than the sketch has columns.
 
-Until heads may differ in length, the official selection across the heads of a layer is made here from our scores (`retain`,
-`keep`); what goes to pages (`head_lens_*`, `stored_*`) waits for ragged heads.
+Kept sets, with and without the filling of pages, come from the method's own stages over the scores compared before, where all of
+these are valid and the quota holds the protected entries: a smaller one drops some of them there, and none here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kvcompress.pipeline import Pipeline
 from kvcompress.rotary import rerotate
 from kvcompress.select import topk
 from tests.methods.golden import Golden
+from tests.methods.ragged import kept as kept_positions
 from tests.reference.rotary import frequencies
 
 EPS = torch.finfo(torch.float32).eps
@@ -48,12 +49,15 @@ def unrotated(keys: torch.Tensor, **given) -> LayerState:
 
 
 def official(case: Golden) -> None:
-    case.ignore("Hq", "D", "page_size", "lens")
+    case.ignore("Hq", "D", "lens")
+    page_size = case.take("page_size")
     block = case.take("leverage_chunk")
     first, last, ratio = case.take("protected_first"), case.take("protected_last"), case.take("ratio")
     method = create(
         "compactor",
-        budget=1.0,
+        budget=float(ratio),
+        accounting="official",
+        heads="layer",
         sketch=case.take("sketch"),
         leverage_block=block if block > 0 else None,
         regulariser=case.take("regularizer"),
@@ -105,10 +109,30 @@ def official(case: Golden) -> None:
         retain = max(1, round(ratio * (length - first - last) * heads))
         assert retain == case["retain"][index]
         if valid.all() and retain >= (first + last) * heads:
-            flat = scores[0].T.flatten()  # token by token
-            keep = torch.zeros(length * heads, dtype=torch.uint8)
-            keep[flat.argsort(descending=True, stable=True)[:retain]] = 1
-            assert torch.equal(keep, case["keep"][start:stop].flatten())
+            for pages, lens, masks in (
+                (1, "head_lens_exact", ("keep", "stored_exact")),
+                (page_size, "head_lens_padded", ("stored_padded",)),
+            ):
+                stages = replace(replace(method, page_size=pages).stages(), score=Known(scores))
+                store = Pipeline(stages, 1).compress(layer)
+                assert store.head_lengths == [case[lens][index].tolist()]
+                mask = torch.zeros(length, heads, dtype=torch.uint8)
+                for head, held in enumerate(kept_positions(store)):
+                    mask[held, head] = 1
+                for name in masks:
+                    assert torch.equal(mask, case[name][start:stop]), name
+
+
+class Known:
+    """A score that is known already."""
+
+    by_position, queries = False, 0
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self.scores = scores
+
+    def __call__(self, layer: LayerState) -> torch.Tensor:
+        return self.scores
 
 
 def kvpress(case: Golden) -> None:

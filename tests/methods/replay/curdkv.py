@@ -1,9 +1,6 @@
-"""CurDKV: scores and kept sets.
+"""CurDKV: scores and kept sets, a mask where heads are adaptive.
 
 Sinks are compared as "kept": official 1, ours +inf. The stored sketch replaces ours.
-
-Until heads may differ in length, the head-adaptive cases (`ada_alpha`) are compared by their scores only: `kept_mask` waits
-for ragged heads.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from kvcompress.methods import create
 from kvcompress.methods.curdkv import RowEnergy
 from kvcompress.pipeline import Pipeline
 from tests.methods.golden import Golden
+from tests.methods.ragged import kept as kept_positions
 
 
 def replay(case: Golden) -> None:
@@ -34,6 +32,7 @@ def replay(case: Golden) -> None:
         pad=case.choose("pad", {"back": "back", "front": "front"}),
         sketch=columns if case.take("use_random") else None,
         sink=sink,
+        adaptive=case.take("ada_alpha", None),
     )
     stages = method.stages()
     if case.take("use_random"):
@@ -47,10 +46,14 @@ def replay(case: Golden) -> None:
     tolerance = 4 * (dim + columns + window + length) * torch.finfo(torch.float32).eps
     assert torch.allclose(scores[:, :, sink:], case["scores"][:, :, sink:], rtol=tolerance, atol=0)
 
-    if case.take("ada_alpha", None) is not None:
-        assert case["kept_mask"].sum() == batch * heads * kept
-        return
     store = Pipeline(stages, 1).compress(layer)
+    if method.adaptive is not None:
+        mask = torch.zeros(batch, heads, length, dtype=torch.uint8)
+        for row in range(batch):
+            for head, held in enumerate(kept_positions(store, row)):
+                mask[row, head, held] = 1
+        assert torch.equal(mask, case["kept_mask"])
+        return
     assert torch.equal(store.positions[:, :, : store.max_length], case["indices"])
 
 
