@@ -274,6 +274,8 @@ class DenseStore:
     def nbytes(self) -> int:
         """Bytes of all buffers, room included: what the allocator holds for this layer."""
         held = [*self.tensors.values(), *self.extra.values()]
+        if self._device_lengths is not None:
+            held.append(self._device_lengths)
         return sum(t.untyped_storage().nbytes() for t in held)
 
     @property
