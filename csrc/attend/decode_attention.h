@@ -1,13 +1,13 @@
-// decode_attention, ragged_decode_attention: attention of a few new tokens over what is stored.
+// decode_attention, ragged_decode_attention and their observed forms: attention of a few new tokens
+// over what is stored.
 //
 //   x[r, j] = softmax_scale * <q[r], k[j]>,   lse[r] = log sum over visible j of exp(x[r, j]),
 //   out[r] = sum over visible j of exp(x[r, j] - lse[r]) v[j]
 //
 // Rows: the q_per_kv query heads of a kv head times the num_queries new tokens are packed, r = head
 // in group * num_queries + i, so that K and V are read once for all of them. Query i sees the slots
-// [0, length
-// - (num_queries - 1 - i)) of its store: the new tokens are already in it. Where nothing is visible
-// lse is -inf and out 0.
+// [0, length - (num_queries - 1 - i)) of its store: the new tokens are already in it. Where nothing
+// is visible lse is -inf and out 0.
 //
 // Dense and ragged stores differ in one thing: where the entries of (b, h) start and how many they
 // are.
@@ -17,12 +17,22 @@
 // one store is a partial result: max and sum of every row in base 2, and the weighted sum of
 // values, all float32; a second step adds up the partials of a store in the order of their workers.
 // The parts depend on sizes and lengths alone, so every run gives the same bits.
+//
+// Observed: what a rule of eviction needs of the step, from its logits and the final lse:
+//
+//   P[g, i, j] = exp(x - lse), 0 where query i does not see j
+//   sums[j] = decay^n sums[j] + weights[j] * sum over i of decay^(n-1-i) reduce over g of P[g, i,
+//   j]^power history[j, (seen - n + i) mod width] = reduce over g of x[g, i, j], -inf where query i
+//   does not see j
+//
+// for every entry j; decay 0 leaves the last query's term alone, whatever sums held.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "host/dtype.h"
+#include "host/unit_counts.h"
 
 namespace kvc {
 
@@ -30,6 +40,7 @@ constexpr int64_t kAttendMaxHeadDim = 256;
 constexpr int64_t kAttendMaxQueries = 8;
 constexpr int64_t kAttendMaxWorkers = 512;
 constexpr int64_t kStepKeys = 16;  // keys a warp takes at a time
+constexpr int64_t kObservedMaxRows = 1024;
 
 // How much of a store a worker holds at once. Tile: 16 keys a warp, as many warps as fill 32 KB of
 // shared memory with K and V, at most 4. Slice: the packed rows that the registers of these warps
@@ -45,18 +56,37 @@ constexpr AttendShape attend_shape(int64_t head_dim, bool is_float32) {
   return {padded_dim, warps, warps * kStepKeys, warps * (is_float32 ? 8 : 16)};
 }
 
+enum class GroupReduce : int32_t { kMean = 1, kMax = 2, kSum = 3 };  // codes as in window_scores
+
+struct ObservedParams {
+  float* sums;                                  // one a slot, or null
+  int64_t sums_batch_stride, sums_head_stride;  // ragged: 0
+  const float* weights;                         // one a slot of a store, or null: 1
+  int64_t weights_batch_stride, weights_head_stride;
+  float* history;  // history_width a slot, neighbours, or null
+  int64_t history_batch_stride, history_head_stride, history_row_stride, history_width;
+  UnitCounts<const int32_t> seen;
+  bool sums_by_head, history_by_head;  // one for each query head, not each kv head
+  float decay;
+  int32_t power;  // 1 or 2
+  GroupReduce reduce;
+
+  constexpr bool any() const { return sums != nullptr || history != nullptr; }
+};
+
 struct DecodeAttentionParams {
   const void* q;  // [batch, num_q_heads, num_queries, head_dim], last dimension contiguous
   const void* k;  // dense: BHSD [batch, num_kv_heads, width, head_dim]; ragged: packed
   const void* v;  // [total, head_dim]
   const int64_t* row_start;  // ragged: [batch * num_kv_heads], first packed row; dense: null
-  const int32_t* lengths;    // ragged: [batch * num_kv_heads]; dense: [batch], or null: width
-  void* out;                 // [batch, num_q_heads, num_queries, head_dim] dense
-  float* lse;                // [batch, num_q_heads, num_queries]
-  float* logits;             // [batch, num_q_heads, num_queries, width], or null
-  float* partial_out;        // [max_workers + num_rows()][slice][head_dim] scratch
-  float* partial_stats;      // [max_workers + num_rows()][slice][2] scratch: max, sum
-  int64_t* tile_start;       // [batch * num_kv_heads + 1] scratch: tiles of the stores before
+  UnitCounts<const int32_t> lengths;  // of (b, kv head); null: width
+  void* out;                          // [batch, num_q_heads, num_queries, head_dim] dense
+  float* lse;                         // [batch, num_q_heads, num_queries]
+  float* logits;                      // [batch, num_q_heads, num_queries, width], or null
+  bool fill_logits;      // -inf where nothing is visible; else nothing is written there
+  float* partial_out;    // [max_workers + num_rows()][slice][head_dim] scratch
+  float* partial_stats;  // [max_workers + num_rows()][slice][2] scratch: max, sum
+  int64_t* tile_start;   // [batch * num_kv_heads + 1] scratch: tiles of the stores before
   int64_t batch, num_q_heads, num_kv_heads, num_queries, head_dim;
   int64_t width;  // upper bound of the lengths
   int64_t max_workers;
@@ -64,6 +94,7 @@ struct DecodeAttentionParams {
   int64_t k_batch_stride, k_head_stride, k_row_stride;  // ragged: the first two are 0
   int64_t v_batch_stride, v_head_stride, v_row_stride;
   float softmax_scale, scale_log2;  // scale_log2 = softmax_scale * log2(e)
+  ObservedParams observed;          // of what is observed logits must not be null
   DType dtype;
 
   constexpr AttendShape shape() const { return attend_shape(head_dim, dtype == DType::kFloat32); }
@@ -74,8 +105,8 @@ struct DecodeAttentionParams {
   constexpr int64_t num_rows() const { return num_stores() * slices(); }  // store by store
 
   constexpr int64_t length(int64_t store) const {
-    if (lengths == nullptr) return width;
-    const int64_t n = lengths[row_start ? store : store / num_kv_heads];
+    if (lengths.data == nullptr) return width;
+    const int64_t n = *lengths.at(store / num_kv_heads, store % num_kv_heads);
     return n < 0 ? 0 : n < width ? n : width;
   }
   // What the i-th new token sees of a store of `length` entries.
@@ -102,19 +133,51 @@ struct DecodeAttentionParams {
   constexpr int64_t out_row(int64_t store, int64_t r) const { return store * packed_rows() + r; }
 };
 
-// The equal parts of a line of tiles. Workers without a tile do not exist.
+// The equal parts of a line of tiles; the first `longer` ones have a tile more. Workers without a
+// tile do not exist. 32 bits: 2^32 tiles are more keys than any memory holds.
 struct AttendParts {
-  int64_t tiles, workers;
-  constexpr AttendParts(int64_t tiles, int64_t available)
-      : tiles(tiles), workers(tiles < available ? tiles : available) {}
-  constexpr int64_t begin(int64_t worker) const { return worker * tiles / workers; }
-  constexpr int64_t owner(int64_t tile) const { return ((tile + 1) * workers - 1) / tiles; }
+  uint32_t tiles, workers, each, longer;
+  constexpr AttendParts(int64_t num_tiles, int64_t available)
+      : tiles(static_cast<uint32_t>(num_tiles)),
+        workers(static_cast<uint32_t>(num_tiles < available ? num_tiles : available)),
+        each(workers == 0 ? 0 : tiles / workers),
+        longer(tiles - each * workers) {}
+  constexpr uint32_t begin(uint32_t worker) const {
+    return worker * each + (worker < longer ? worker : longer);
+  }
+  constexpr uint32_t owner(uint32_t tile) const {
+    const uint32_t in_longer = longer * (each + 1);
+    return tile < in_longer ? tile / (each + 1) : longer + (tile - in_longer) / each;
+  }
 };
 
 // The scratch slot of a partial result. From one partial to the next along the line the worker or
 // the row grows, so the sum names each but once.
 constexpr int64_t attend_slot(int64_t worker, int64_t row) {
   return worker + row;
+}
+
+// Where the observed numbers of a store begin: of slot 0, for query head g of the group where they
+// are kept by head.
+constexpr float* observed_sums(const DecodeAttentionParams& p, int64_t store, int64_t g) {
+  const ObservedParams& o = p.observed;
+  if (p.row_start) return o.sums + p.row_start[store];
+  const int64_t h = store % p.num_kv_heads, group = p.num_q_heads / p.num_kv_heads;
+  return o.sums + store / p.num_kv_heads * o.sums_batch_stride +
+         (o.sums_by_head ? h * group + g : h) * o.sums_head_stride;
+}
+constexpr const float* observed_weights(const DecodeAttentionParams& p, int64_t store) {
+  const ObservedParams& o = p.observed;
+  if (p.row_start) return o.weights + p.row_start[store];
+  return o.weights + store / p.num_kv_heads * o.weights_batch_stride +
+         store % p.num_kv_heads * o.weights_head_stride;
+}
+constexpr float* observed_history(const DecodeAttentionParams& p, int64_t store, int64_t g) {
+  const ObservedParams& o = p.observed;
+  if (p.row_start) return o.history + p.row_start[store] * o.history_row_stride;
+  const int64_t h = store % p.num_kv_heads, group = p.num_q_heads / p.num_kv_heads;
+  return o.history + store / p.num_kv_heads * o.history_batch_stride +
+         (o.history_by_head ? h * group + g : h) * o.history_head_stride;
 }
 
 void decode_attention_cpu(const DecodeAttentionParams& params);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attend/decode_attention.h"
+#include "attend/decode_observe.h"
 #include "host/dispatch.h"
 #include "host/exp2.h"
 #include "host/outer.h"
@@ -19,6 +20,7 @@ namespace {
 constexpr int64_t kWorkers = 128;  // parts of the line: enough for any machine, partials stay small
 constexpr int64_t kRows = 4;       // query rows of a register tile
 constexpr int64_t kTile = 64;      // room for the keys of a tile of any shape
+constexpr int64_t kObserveKeys = 1024;  // entries that a thread observes at a time
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147180559945309f;
 
@@ -247,14 +249,15 @@ class Worker {
     if (scaled) {
       for (int64_t j = 0; j < n; ++j) scaled[j] = x[j] * p_.softmax_scale;
     }
-    const float most = std::max(most_[r], max_of(x, kTile) * p_.scale_log2);
+    scale_row(x, p_.scale_log2, kTile);  // rounded before the difference: the maximum becomes 1
+    const float most = std::max(most_[r], max_of(x, kTile));
     if (most > most_[r]) {
       const float factor = decay(most_[r], most);
       scale_row(out_ + r * depth_, factor, depth_);
       sum_[r] *= factor;
       most_[r] = most;
     }
-    sum_[r] += exp2_of_scaled(x, p_.scale_log2, most == -kInf ? 0.0f : most, kTile);
+    sum_[r] += exp2_of_scaled(x, 1.0f, most == -kInf ? 0.0f : most, kTile);
   }
 
   const DecodeAttentionParams& p_;
@@ -286,9 +289,23 @@ void merge(const DecodeAttentionParams& p, const AttendParts& parts, int64_t sto
   const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
   for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(sums[d] * inverse);
   p.lse[out_row] = (most + std::log2(sum)) * kLn2;
-  if (p.logits) {
+  if (p.fill_logits) {
     const int64_t length = p.length(store);
     std::fill(p.logits + out_row * p.width + length, p.logits + (out_row + 1) * p.width, -kInf);
+  }
+}
+
+// What is observed of the entries of a store, from its logits and lse.
+void observe(const DecodeAttentionParams& p, int64_t store, int64_t begin, int64_t end) {
+  const int64_t length = p.length(store), rows = p.packed_rows();
+  const float* logits = p.logits + store * rows * p.width;
+  for (int64_t j = begin; j < std::min(end, length); ++j) {
+    const auto logit = [&](int64_t g, int64_t i) {
+      return logits[(g * p.num_queries + i) * p.width + j];
+    };
+    observe_entry(p, store, length, j, logit, [&](int64_t g, int64_t i) {
+      return std::exp(logit(g, i) - p.lse[store * rows + g * p.num_queries + i]);
+    });
   }
 }
 
@@ -317,6 +334,14 @@ void run(const DecodeAttentionParams& p) {
   parallel_for(0, p.num_stores() * rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(p.head_dim);
     for (int64_t i = begin; i < end; ++i) merge<T>(p, parts, i / rows, i % rows, sums.data());
+  });
+  if (!p.observed.any()) return;
+  const int64_t chunks = (p.width + kObserveKeys - 1) / kObserveKeys;
+  parallel_for(0, p.num_stores() * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % chunks * kObserveKeys;
+      observe(p, i / chunks, first, first + kObserveKeys);
+    }
   });
 }
 

@@ -21,7 +21,12 @@ constexpr int kWarps = 16, kThreads = kWarps * kWarp;
 constexpr int kUnroll = 4;  // slots a warp has under way
 constexpr float kLog2e = 1.44269504088896340736f;
 
-// Maximum of x and sum of 2^(x - maximum), x in base 2; `most` may be -inf, with a sum of 0.
+// e^x. The argument is a difference to a maximum: taken before it is scaled, a maximum gives 1.
+__device__ __forceinline__ float exponential(float x) {
+  return exp2f(x * kLog2e);
+}
+
+// Maximum of x and sum of e^(x - maximum); `most` may be -inf, with a sum of 0.
 struct Column {
   float most, sum;
 
@@ -29,17 +34,17 @@ struct Column {
     if (x == -INFINITY) return;
     const float apart = x - most;
     if (apart <= 0) {
-      sum += exp2f(apart);
+      sum += exponential(apart);
     } else {  // also NaN
-      sum = sum * exp2f(-apart) + 1.0f;
+      sum = sum * exponential(-apart) + 1.0f;
       most = x;
     }
   }
   __device__ __forceinline__ void add(const Column& other) {
     if (other.most == -INFINITY) return;
     const float high = fmaxf(most, other.most);
-    sum = (most == -INFINITY ? 0.0f : sum * exp2f(most - high)) +
-          other.sum * exp2f(other.most - high);
+    sum = (most == -INFINITY ? 0.0f : sum * exponential(most - high)) +
+          other.sum * exponential(other.most - high);
     most = high;
   }
 };
@@ -77,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t slot = at + i * kWarps;
         const bool is_in = slot < end && slot < length && w < width;
         const float value = is_in ? history[slot * p.row_stride + w] : -INFINITY;
-        x[i] = is_in && positions[slot] < position_end ? value * kLog2e : -INFINITY;
+        x[i] = is_in && positions[slot] < position_end ? value : -INFINITY;
       }
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) column.add(x[i]);
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
     if (slot < length && positions[slot] < position_end) {
       for (int w = lane; w < width; w += kWarp) {
         const float share =
-            exp2f(history[slot * p.row_stride + w] * kLog2e - of_all[w].x) * of_all[w].y;
+            exponential(history[slot * p.row_stride + w] - of_all[w].x) * of_all[w].y;
         score = is_sum ? score + share : share <= score || score != score ? score : share;
       }
 #pragma unroll

@@ -10,6 +10,7 @@ from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
 from kvcompress.evict import evict_append_, history_scores  # noqa: E402
+from kvcompress.observed import observed_decode_attention_, observed_ragged_decode_attention_  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import topk  # noqa: E402
 from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
@@ -24,6 +25,8 @@ __all__ = [
     "gather",
     "gather_ragged",
     "history_scores",
+    "observed_decode_attention_",
+    "observed_ragged_decode_attention_",
     "ragged_decode_attention",
     "set_debug",
     "topk",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvcompress import _check
 
@@ -26,8 +26,9 @@ def decode_attention(
     row: query i sees the slots ``[0, lengths[b] - (num_queries - 1 - i))``. What lies behind the entries is never read.
 
     K and V are read once for all query heads of a kv head and all new tokens, as long as these are at most 64 rows
-    together (head_dim above 128: 32; float32: 32, 16 above head_dim 64, 8 above 128); more are taken in turns. Softmax and
-    sums are float32. Launches and work are the same for every length that fits the capacity, and lengths are read on
+    together (head_dim above 128: 32; float32: 32, 16 above head_dim 64, 8 above 128); more are taken in turns. Up to 16
+    rows of 16-bit elements take the shortest way, from memory to the tensor cores' registers. Softmax and sums are
+    float32. Two launches, whose number and work are the same for every length that fits the capacity; lengths are read on
     the device, so a captured CUDA graph serves a growing cache. Bitwise the same from run to run.
 
     Args:
@@ -35,7 +36,8 @@ def decode_attention(
             8; any strides with a contiguous last dimension. head_dim is a multiple of 8 up to 256.
         k: ``[batch, num_kv_heads, capacity, head_dim]``, same dtype; num_kv_heads divides num_q_heads.
         v: same shape as k.
-        lengths: ``[batch]`` int32, entries of each row, at most the capacity; None: all slots are entries.
+        lengths: int32, entries of each row, at most the capacity: ``[batch]``, ``[batch, 1]`` or, where kv heads differ, ``[batch,
+            num_kv_heads]``; None: all slots are entries.
         softmax_scale: None: ``head_dim ** -0.5``.
         return_logits: also give the scaled logits.
 
@@ -155,27 +157,71 @@ def _per_store(op: str, argument: str, t: Tensor, dtype: torch.dtype, stores: in
     _check.last_contiguous(op, argument, t)
 
 
+def _row_counts(op: str, argument: str, t: Tensor | None, num_kv_heads: int, q: Tensor) -> None:
+    """One number a row of the batch or a (row, kv head)."""
+    if t is None:
+        return
+    batch, dims = q.shape[0], t.dim()
+    ok = 1 <= dims <= 2 and t.shape[0] == batch and (dims == 1 or t.shape[1] in (1, num_kv_heads))
+    must = f"[batch] ({batch}), [batch, 1] or [batch, num_kv_heads] ({num_kv_heads})"
+    _check.require(ok, op, argument, must, f"{dims}D {_check.shape_string(t)}")
+    _check.dtype(op, argument, t, torch.int32)
+    _check.same_device(op, argument, t, q, "q")
+
+
 def _outputs(q: Tensor, width: int, return_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = q.shape[:3]
     logits = q.new_empty((*rows, width) if return_logits else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32), logits
 
 
-@torch.library.register_fake("kvcompress::decode_attention")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, softmax_scale: float, return_logits: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "decode_attention"
+def check_dense(op: str, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, softmax_scale: float) -> None:
+    """All that an op over a dense store asks of these arguments."""
     _tensors(op, q, k, v, 4, "[batch, num_kv_heads, capacity, head_dim]")
     _check.require(k.shape[0] == q.shape[0], op, "k", f"of the batch of q ({q.shape[0]})", k.shape[0])
     _heads(op, q.shape[1], k.shape[1])
     _strides(op, q, k, v)
-    _check.row_vector(op, "lengths", lengths, q.shape[0], q, "q")
+    _row_counts(op, "lengths", lengths, k.shape[1], q)
     _finite_scale(op, softmax_scale)
+
+
+def check_ragged(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_start: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    softmax_scale: float,
+) -> int:
+    """All that an op over a ragged store asks of these arguments; num_kv_heads."""
+    _tensors(op, q, k, v, 2, "[total, head_dim]")
+    batch = q.shape[0]
+    stores = lengths.shape[0] if lengths.dim() == 1 else -1
+    ok = stores >= 0 and (stores == 0 if batch == 0 else stores % batch == 0)
+    must = f"[batch * num_kv_heads], a multiple of the batch of q ({batch})"
+    _check.require(ok, op, "lengths", must, f"{lengths.dim()}D {_check.shape_string(lengths)}")
+    num_kv_heads = 1 if batch == 0 else stores // batch
+    _heads(op, q.shape[1], num_kv_heads)
+    _strides(op, q, k, v)
+    _per_store(op, "lengths", lengths, torch.int32, stores, q)
+    _per_store(op, "row_start", row_start, torch.int64, stores, q)
+    must = f"from 0 to the rows of k ({k.shape[0]})"
+    _check.require(0 <= max_length <= k.shape[0], op, "max_length", must, max_length)
+    _finite_scale(op, softmax_scale)
+    return num_kv_heads
+
+
+@library.register_fake("kvcompress::decode_attention")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, softmax_scale: float, return_logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_dense("decode_attention", q, k, v, lengths, softmax_scale)
     return _outputs(q, k.shape[2], return_logits)
 
 
-@torch.library.register_fake("kvcompress::ragged_decode_attention")
+@library.register_fake("kvcompress::ragged_decode_attention")
 def _(
     q: Tensor,
     k: Tensor,
@@ -186,18 +232,5 @@ def _(
     softmax_scale: float,
     return_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "ragged_decode_attention"
-    _tensors(op, q, k, v, 2, "[total, head_dim]")
-    batch = q.shape[0]
-    stores = lengths.shape[0] if lengths.dim() == 1 else -1
-    ok = stores >= 0 and (stores == 0 if batch == 0 else stores % batch == 0)
-    must = f"[batch * num_kv_heads], a multiple of the batch of q ({batch})"
-    _check.require(ok, op, "lengths", must, f"{lengths.dim()}D {_check.shape_string(lengths)}")
-    _heads(op, q.shape[1], 1 if batch == 0 else stores // batch)
-    _strides(op, q, k, v)
-    _per_store(op, "lengths", lengths, torch.int32, stores, q)
-    _per_store(op, "row_start", row_start, torch.int64, stores, q)
-    must = f"from 0 to the rows of k ({k.shape[0]})"
-    _check.require(0 <= max_length <= k.shape[0], op, "max_length", must, max_length)
-    _finite_scale(op, softmax_scale)
+    check_ragged("ragged_decode_attention", q, k, v, row_start, lengths, max_length, softmax_scale)
     return _outputs(q, max_length, return_logits)

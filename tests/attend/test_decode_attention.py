@@ -97,6 +97,27 @@ def test_lengths(num_queries, device):
     check(q, k, v, lengths=int32(lengths, device))
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+def test_lengths_of_heads(dtype, device):
+    """Every kv head has its own length, or all heads of a row share one."""
+    q, k, v = make(3, 8, 4, 2, 300, 64, dtype, device)
+    lengths = int32([[300, 2, 17, 0], [64, 65, 1, 299], [30, 30, 30, 30]], device)
+    check(q, k, v, lengths=lengths)
+    check(q, k, v, lengths=lengths.mT.contiguous().mT)
+    one = int32([[7], [300], [80]], device)
+    expected = kvcompress.decode_attention(q, k, v, lengths=one[:, 0], return_logits=True)
+    got = kvcompress.decode_attention(q, k, v, lengths=one, return_logits=True)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 5, 160])
+def test_many_stores(num_kv_heads, device):
+    """Stores of every length below and above a tile, more of them than a block has threads."""
+    lengths = (torch.arange(3 * num_kv_heads) * 7 % 41).view(3, num_kv_heads).int().to(device)
+    q, k, v = make(3, 2 * num_kv_heads, num_kv_heads, 1, 41, 64, torch.bfloat16, device)
+    check(q, k, v, lengths=lengths)
+
+
 def test_far_smaller_than_capacity(device):
     q, k, v = make(2, 8, 2, 1, 20_000, 64, torch.bfloat16, device)
     check(q, k, v, lengths=int32([3, 200], device))
@@ -154,14 +175,13 @@ def test_strided_views(device):
 def test_unaligned_views(device):
     """Rows that start at no multiple of 16 bytes."""
     q, k, v = make(2, 8, 2, 1, 150, 64, torch.bfloat16, device)
-    expected = kvcompress.decode_attention(q, k, v)
 
     def shifted(x):
         view = torch.empty(*x.shape[:-1], x.shape[-1] + 3, dtype=x.dtype, device=device)[..., 1:-2]
         return view.copy_(x)
 
-    got = kvcompress.decode_attention(shifted(q), shifted(k), shifted(v))
-    assert all(torch.equal(x, y) for x, y in zip(got, expected))
+    check(shifted(q), shifted(k), shifted(v))
+    check(q, k, shifted(v))
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
@@ -366,7 +386,16 @@ BAD = [
         wrong(v=apart(2, 2, 20, 16)),
         f"{NAME}: v must be contiguous in the last dimension, got a last stride of 20",
     ),
-    Bad("lengths", wrong(lengths=full(3, dtype=torch.int32)), f"{NAME}: lengths must be [batch] (2), got 1D [3]"),
+    Bad(
+        "lengths",
+        wrong(lengths=full(3, dtype=torch.int32)),
+        f"{NAME}: lengths must be [batch] (2), [batch, 1] or [batch, num_kv_heads] (2), got 1D [3]",
+    ),
+    Bad(
+        "lengths_heads",
+        wrong(lengths=full(2, 8, dtype=torch.int32)),
+        f"{NAME}: lengths must be [batch] (2), [batch, 1] or [batch, num_kv_heads] (2), got 2D [2, 8]",
+    ),
     Bad("lengths_dtype", wrong(lengths=full(2, dtype=torch.int64)), f"{NAME}: lengths must be int32, got int64"),
     Bad("scale", wrong(softmax_scale=0.0), f"{NAME}: softmax_scale must be finite and above 0, got 0.000000"),
     Bad("scale_nan", wrong(softmax_scale=NAN), f"{NAME}: softmax_scale must be finite and above 0, got nan"),

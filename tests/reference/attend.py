@@ -24,6 +24,13 @@ def _stack(parts: list[tuple[Tensor, Tensor, Tensor]], batch: int) -> tuple[Tens
     return tuple(torch.cat(x).unflatten(0, (batch, -1)) for x in zip(*parts))
 
 
+def _counts(lengths: Tensor | None, batch: int, num_kv_heads: int, capacity: int) -> list[list[int]]:
+    """Entries of every (row, kv head)."""
+    if lengths is None:
+        return [[capacity] * num_kv_heads] * batch
+    return (lengths[:, None] if lengths.dim() == 1 else lengths).expand(batch, num_kv_heads).tolist()
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -35,10 +42,12 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As kvcompress.decode_attention with logits; all in `dtype`."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    counts = [k.shape[2]] * len(q) if lengths is None else lengths.tolist()
+    counts = _counts(lengths, len(q), k.shape[1], k.shape[2])
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     groups = q.unflatten(1, (k.shape[1], -1))
-    parts = [_one(groups[b, h], k[b, h], v[b, h], counts[b], scale) for b in range(len(q)) for h in range(k.shape[1])]
+    parts = [
+        _one(groups[b, h], k[b, h], v[b, h], counts[b][h], scale) for b in range(len(q)) for h in range(k.shape[1])
+    ]
     return _stack(parts, len(q))
 
 
@@ -64,3 +73,52 @@ def ragged_decode_attention(
             to[:length] = packed[start : start + length]
         parts.append(_one(group, *rows, length, scale))
     return _stack(parts, len(q))
+
+
+def _reduce(x: Tensor, heads: int, how: str) -> Tensor:
+    """Over the query heads of each of `heads` groups: [groups of query heads, ...] -> [heads, ...]."""
+    x = x.unflatten(0, (heads, -1))
+    return {"mean": x.mean(1), "max": x.amax(1), "sum": x.sum(1)}[how]
+
+
+def observe(
+    lse: Tensor,
+    logits: Tensor,
+    lengths: Tensor | None,
+    *,
+    sums: Tensor | None = None,
+    weights: Tensor | None = None,
+    history: Tensor | None = None,
+    seen: Tensor | None = None,
+    decay: float = 1.0,
+    power: int = 1,
+    group_reduce: str = "mean",
+    num_kv_heads: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What observed_decode_attention_ leaves in dense sums and history, given what decode_attention returns."""
+    batch, _, n, capacity = logits.shape
+    counts = _counts(lengths, batch, num_kv_heads, capacity)
+    tokens = None if seen is None else _counts(seen, batch, num_kv_heads, capacity)
+    visible = logits > -INF
+    shares = (logits - lse[..., None]).exp().masked_fill(~visible, 0)
+    sums = None if sums is None else sums.to(logits.dtype)
+    history = None if history is None else history.to(logits.dtype)
+    for b in range(batch):
+        if sums is not None:
+            terms = _reduce(shares[b] ** power, sums.shape[1], group_reduce)
+            for head, row in enumerate(sums[b]):
+                h = head // (sums.shape[1] // num_kv_heads)
+                term, length = torch.zeros(capacity, dtype=logits.dtype, device=logits.device), counts[b][h]
+                for i in range(n):
+                    term = (0 if decay == 0 else term * decay) + terms[head, i]
+                term = term if weights is None else term * weights[b, h]
+                old = 0 if decay == 0 else row[:length] * decay**n
+                row[:length] = old + term[:length]
+        if history is not None:
+            columns = _reduce(logits[b], history.shape[1], group_reduce)
+            for head, row in enumerate(history[b]):
+                h = head // (history.shape[1] // num_kv_heads)
+                for i in range(n):
+                    column = (tokens[b][h] - n + i) % history.shape[3]
+                    row[: counts[b][h], column] = columns[head, i, : counts[b][h]]
+    return sums, history
