@@ -8,6 +8,7 @@ import torch
 
 from kvcompress.methods import create
 from kvcompress.models import CompressedCache, attach
+from kvcompress.when import EveryStep
 
 PROMPT, BUDGET = 90, 30
 
@@ -39,8 +40,8 @@ def methods(budget=BUDGET):
 
 
 NAMES = list(methods())
-CUT_ONCE = [name for name in NAMES if name in ("snapkv", "snapkv_q_heads", "squeeze_snapkv") or name.endswith("_once")]
-EVICTING = [name for name in NAMES if name not in CUT_ONCE]
+EVICTING = [name for name in NAMES if isinstance(methods()[name].stages().when, EveryStep)]
+CUT_ONCE = [name for name in NAMES if name not in EVICTING]
 
 
 def on_top(name, steps):
