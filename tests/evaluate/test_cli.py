@@ -11,7 +11,7 @@ from tests.cli.conftest import refused, run  # noqa: F401
 
 RUN_KEYS = {
     "method", "parameters", "budget", "task", "length", "question_visible", "accuracy", "low", "high", "n", "tokens_right",
-    "agreement", "kl", "entries", "kept", "bytes", "prompt_tokens", "prefill_s", "compress_s", "decode_s", "scorer",
+    "agreement", "kl", "perplexity", "entries", "end_entries", "kept", "bytes", "prompt_tokens", "prefill_s", "compress_s", "decode_s", "scorer",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_table_plot_resume_and_compare(run, words, tmp_path):  # noqa: F811
     result = run(*words, "--question-visible", "--out", out, "--plot", picture)
     assert result.exit_code == 0, result.output
     for shown in ("full", "snapkv", "visible", "KL", "not comparable"):
-        assert shown in result.stdout
+        assert shown in " ".join(result.stdout.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
     lines = out.read_text().splitlines()
     assert len(lines) == 5 * 4
@@ -96,6 +96,10 @@ def test_text_and_files(run, checkpoint, tmp_path):  # noqa: F811
     full, half = shown["runs"]
     assert (full["task"], full["agreement"], full["n"]) == ("text:t.txt", 1, 2)
     assert full["kl"] < half["kl"]
+    assert full["perplexity"] > 1
+    assert (
+        full["end_entries"] - full["entries"] == 128
+    )  # an empty prefix: the prompt's last token is fed, the answer's is not
     shown = json.loads(run(*base, "--tasks", tmp_path / "own.jsonl").stdout)
     assert [r["task"] for r in shown["runs"]] == ["own", "own"]
 
@@ -117,3 +121,17 @@ def test_refuses(refused, words, tmp_path):  # noqa: F811
     assert "exists" in refused(*base, "--out", tmp_path / "a.jsonl")
     assert "no such file" in refused("eval", "--compare", tmp_path / "x", tmp_path / "a.jsonl")
     assert "room" in refused(*base, "--tasks", "niah_multiquery", "--lengths", "90", "--device", "cpu")
+
+
+def test_long_continuation_of_methods_that_evict(run, checkpoint, tmp_path):  # noqa: F811
+    """A long text behind the prompt: what evicts while decoding holds its budget, what cuts once grows."""
+    (tmp_path / "t.txt").write_text("The grass is green. The sky is blue. " * 40)
+    words = (
+        "eval", "--model", checkpoint, "--methods", "streaming_llm,snapkv:window=8", "--budgets", "60", "--tasks",
+        f"text:{tmp_path / 't.txt'}", "--lengths", "400", "--limit", "1", "--answer-tokens", "180", "--device", "cpu", "--json",
+    )  # fmt: skip
+    runs = {r["method"]: r for r in json.loads(run(*words).stdout)["runs"]}
+    assert runs["full"]["end_entries"] == 400  # <bos> is one more, the last token is only predicted
+    assert runs["snapkv:window=8"]["end_entries"] == 60 + 180
+    assert runs["streaming_llm"]["end_entries"] == 60
+    assert runs["streaming_llm"]["prompt_tokens"] == 400 - 180

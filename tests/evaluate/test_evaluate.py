@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from kvcompress import budget, methods, select
-from kvcompress.evaluate import Candidate, evaluate
+from kvcompress.evaluate import Candidate, evaluate, summarise
 from kvcompress.evaluate.generators import generate
 from kvcompress.evaluate.reading import Reading, compress_directly, replayable
 from kvcompress.evaluate.tasks import encode
@@ -147,6 +148,22 @@ def test_fed_answer_equals_greedy_decoding(mini, samples):
             alone, _ = _step_by_step(model, reading.compress(method), own)
             assert torch.equal(one.argmax(-1), alone.argmax(-1))
             assert (one - alone).abs().max() < 1e-3
+
+
+def test_perplexity_is_the_models_own(random_model):
+    model, tokenizer = random_model
+    sample = generate("passkey", tokenizer, length=300, count=1, seed=2)[0]
+    full, cut = evaluate(*random_model, [sample], [FULL, make("streaming_llm", 0.1)], question_visible=[False])
+    tokens = encode(sample, tokenizer)
+    ids = torch.tensor([[*tokens.context, *tokens.question, *tokens.forced]])
+    with torch.inference_mode():
+        logp = model(ids).logits[0].double().log_softmax(-1)
+    places = torch.arange(ids.shape[1] - len(tokens.answer), ids.shape[1])
+    own = -logp[places - 1, ids[0, places]].mean().item()
+    assert abs(full.nll - own) < 1e-4
+    assert abs(cut.nll - own) > 1e-4
+    [run, _] = summarise([full, cut])
+    assert abs(math.log(run["perplexity"]) - own) < 1e-4
 
 
 def test_resumed_is_one_go(random_model):

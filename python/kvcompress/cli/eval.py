@@ -36,7 +36,9 @@ def evaluate(
     ] = "0.05,0.1,0.25,0.5",
     tasks: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: FILE.jsonl[.gz], text:FILE, own generators or bundled tasks by name."),
+        typer.Option(
+            help="Comma-separated: FILE.jsonl[.gz], text:FILE, generators or bundled tasks by name, lm_eval:NAME."
+        ),
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Comma-separated tokens; 2048 if none is given.")] = None,
     visible: Annotated[
@@ -49,6 +51,12 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most questions a task and length (24; 0.. all: --all).")
     ] = 24,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Of text:FILE: tokens of the continuation, at most half of the length.")
+    ] = 128,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option(help="Folder with own YAML tasks for lm_eval:NAME; needs kvcompress[eval].")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="All questions of the files.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Most caches and questions on one prompt in one forward.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the generated questions.")] = 0,
@@ -69,6 +77,11 @@ def evaluate(
         from kvcompress.cli.plot import require_matplotlib
 
         require_matplotlib()
+    named = [word.strip() for word in tasks.split(",")] if tasks else []
+    foreign = [word.removeprefix("lm_eval:") for word in named if word.startswith("lm_eval:")]
+    if foreign:
+        _require_lm_eval()
+        named = [word for word in named if not word.startswith("lm_eval:")]
     if compare is not None:
         _compare(load_records(compare[0]), load_records(compare[1]), as_json)
         return
@@ -81,8 +94,19 @@ def evaluate(
     on = choose.device(device)
     path = model or str(choose.bundled("kvc-mini", "--model"))
     loaded, tokenizer = choose.load_model(path, on, dtype)
-    asked = pick_samples(
-        tasks, lengths, tokenizer, limit=None if every else limit, seed=seed, bundled_model=model is None
+    most = None if every else limit
+    asked = (
+        pick_samples(
+            ",".join(named),
+            lengths,
+            tokenizer,
+            limit=most,
+            seed=seed,
+            bundled_model=model is None,
+            answer=answer_tokens,
+        )
+        if named or not foreign
+        else []
     )
 
     from kvcompress.evaluate import evaluate as run
@@ -111,6 +135,7 @@ def evaluate(
     place = {key: i for i, key in enumerate((str(c), c.budget) for c in chosen)}
     records.sort(key=lambda r: (not r.question_visible, r.length, place[r.parameters, r.budget]))
     lines = means(records)
+    others = _lm_eval(loaded, tokenizer, chosen, foreign, most, lm_eval_tasks, lengths) if foreign else []
     if plot is not None:
         from kvcompress.cli.plot import draw_quality
 
@@ -125,10 +150,14 @@ def evaluate(
                 "wall_s": time.perf_counter() - started,
                 "runs": summarise(records),
                 "means": lines,
+                **({"lm_eval": others} if foreign else {}),
             }
         )
     else:
-        results().print(table(lines))
+        if lines:
+            results().print(table(lines))
+        if others:
+            results().print(_foreign_table(others))
 
 
 def candidates(words: str, budgets: str) -> list[Candidate]:
@@ -148,8 +177,9 @@ def candidates(words: str, budgets: str) -> list[Candidate]:
 
 
 def pick_samples(
-    tasks: str | None, lengths: str | None, tokenizer: Any, *, limit: int | None, seed: int, bundled_model: bool
-) -> list[Sample]:
+    tasks: str | None, lengths: str | None, tokenizer: Any, *, limit: int | None, seed: int, bundled_model: bool,
+    answer: int = 128,
+) -> list[Sample]:  # fmt: skip
     """The questions that the words name: files, texts, bundled tasks, generators."""
     from kvcompress.evaluate import generators, read_samples
     from kvcompress.evaluate.tasks import first
@@ -169,7 +199,10 @@ def pick_samples(
             if not Path(word[5:]).is_file():
                 fail(f"--tasks {word}: no such file", "give text:FILE with a plain text file")
             for length in wanted:
-                out += text_samples(Path(word[5:]), tokenizer, length=length, count=limit or 24)
+                try:
+                    out += text_samples(Path(word[5:]), tokenizer, length=length, count=limit or 24, answer=answer)
+                except ValueError as error:
+                    fail(str(error), "give a longer text, or smaller --lengths")
         elif word.endswith((".jsonl", ".jsonl.gz")):
             if not Path(word).is_file():
                 fail(f"--tasks {word}: no such file", "give a FILE.jsonl or FILE.jsonl.gz as models/tasks describes")
@@ -197,6 +230,54 @@ def pick_samples(
     return first(out, limit)
 
 
+def _require_lm_eval() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        fail("--tasks lm_eval:NAME needs lm-evaluation-harness", "pip install 'kvcompress[eval]'")
+
+
+def _lm_eval(
+    model: Any, tokenizer: Any, chosen: Sequence[Candidate], tasks: list[str], limit: int | None, folder: Path | None,
+    lengths: str | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """lm-eval's figures for every candidate; what it logs goes to stderr."""
+    import contextlib
+    import sys
+
+    from kvcompress.evaluate.harness import run_tasks
+
+    found = []
+    for candidate in chosen:
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                rows = run_tasks(
+                    model, tokenizer, candidate.method, tasks, limit=limit, folder=None if folder is None else str(folder),
+                    lengths=[int(text) for text in lengths.split(",")] if lengths else [],
+                )  # fmt: skip
+            except (KeyError, ValueError, NotImplementedError, ConnectionError) as error:
+                fail(
+                    f"lm_eval:{','.join(tasks)}: {error}",
+                    "lm-eval downloads its data sets; `lm_eval ls tasks` lists them",
+                )
+        about = {"method": candidate.name, "parameters": str(candidate), "budget": candidate.budget}
+        found += [{**about, "question_visible": True, **row} for row in rows]
+    return found
+
+
+def _foreign_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, title="lm-eval: prompt and question compressed together (question visible)")
+    for heading in ("task", "method", "budget", "metric", "value", "stderr", "n", "entries", "bytes"):
+        shown.add_column(heading, justify="left" if heading in ("task", "method", "metric") else "right")
+    for row in sorted(rows, key=lambda row: (row["task"], row["metric"])):
+        shown.add_row(
+            row["task"], row["method"], "" if row["method"] == "full" else f"{row['budget']}", row["metric"],
+            f"{row['value']:.4f}", "" if row["stderr"] is None else f"{row['stderr']:.4f}", str(row["n"]),
+            f"{row['entries']:.0f} ({100 * row['kept']:.1f} %)", size(row["bytes"]),
+        )  # fmt: skip
+    return shown
+
+
 def load_records(path: Path) -> list[Record]:
     """The lines that --out wrote. A last line that was cut off is left out."""
     from kvcompress.evaluate import Record
@@ -222,8 +303,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         "question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not. "
         "Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."
     )
-    for heading in ("question", "tokens", "method", "budget", "accuracy", "95 %", "same as full", "KL", "entries", "bytes",
-                    "prefill", "decode"):  # fmt: skip
+    for heading in ("question", "tokens", "method", "budget", "accuracy", "95 %", "same as full", "KL", "ppl", "entries",
+                    "at end", "bytes", "prefill", "decode"):  # fmt: skip
         shown.add_column(heading, justify="left" if heading in ("question", "method") else "right", no_wrap=True)
     last = None
     for line in lines:
@@ -240,7 +321,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
             f"{100 * line['low']:.0f} – {100 * line['high']:.0f}",
             f"{100 * line['agreement']:.1f}",
             f"{line['kl']:.3f}",
+            f"{line['perplexity']:.2f}" if line["perplexity"] < 1e4 else f"{line['perplexity']:.0e}",
             f"{line['entries']:.0f} ({100 * line['kept']:.1f} %)",
+            f"{line['end_entries']:.0f}",
             size(line["bytes"]),
             "" if prefill is None else f"{prefill:.2f} s",
             "" if line["decode_s"] is None else f"{1000 * line['decode_s']:.1f} ms",

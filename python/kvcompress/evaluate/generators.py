@@ -264,6 +264,17 @@ def dictionary(source: random.Random, tokens: int, questions: int) -> Document:
 
 
 @task
+def long_list(source: random.Random, tokens: int, questions: int) -> Document:
+    """A list of keys and values, all of it to be given again in order: an answer as long as an eighth to a quarter of the context."""
+    names = _keys(source, max(4, tokens // 96))
+    facts = [f"{name}: {_number(source)}" for name in names]
+    question = "Give the whole list of keys and values again, in order."
+    return Document(
+        facts, [(question, ", ".join(facts), None)], "Here is a list of keys and their values.\n", _prose(source)
+    )
+
+
+@task
 def common_words(source: random.Random, tokens: int, questions: int) -> Document:
     """A list of words; the one that stands there most often."""
     words = source.sample(NOUNS, 24)

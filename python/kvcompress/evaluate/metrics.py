@@ -76,6 +76,7 @@ def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
                 "tokens_right": sum(r.tokens_right for r in own) / sum(r.tokens for r in own),
                 "agreement": sum(r.agreement * r.tokens for r in own) / sum(r.tokens for r in own),
                 "kl": sum(r.kl * r.tokens for r in own) / sum(r.tokens for r in own),
+                "perplexity": _perplexity(own),
                 **_sizes(own),
             }
         )
@@ -112,6 +113,7 @@ def means(records: Iterable[Record]) -> list[dict[str, Any]]:
                 "tasks": len(tasks),
                 "agreement": fmean(r.agreement for r in own),
                 "kl": fmean(r.kl for r in own),
+                "perplexity": _perplexity(own),
                 **_sizes(own),
             }
         )
@@ -168,11 +170,17 @@ def _sizes(own: Sequence[Record]) -> dict[str, Any]:
     return {
         "entries": fmean(r.entries for r in own),
         "kept": fmean(r.entries / r.prompt_tokens for r in own),
+        "end_entries": fmean(r.end_entries for r in own),
         "bytes": round(fmean(r.bytes for r in own)),
         "prompt_tokens": fmean(r.prompt_tokens for r in own),
         **{name: _best(own, name) for name in ("prefill_s", "compress_s", "decode_s")},
         "scorer": own[0].scorer,
     }
+
+
+def _perplexity(own: Sequence[Record]) -> float:
+    """Of the answers' tokens; capped at what a float holds."""
+    return math.exp(min(700.0, sum(r.nll * r.tokens for r in own) / sum(r.tokens for r in own)))
 
 
 def _best(own: Sequence[Record], name: str) -> float | None:

@@ -49,8 +49,10 @@ class Record:
         tokens_right, tokens: of the answer, each after the right ones before it.
         agreement: share of these tokens at which the full cache has the same first choice.
         kl: mean over these tokens of KL(full || compressed), in nats.
+        nll: mean over these tokens of the answer's own negative log-likelihood, in nats; exp of it is the perplexity.
         prompt_tokens: tokens that were compressed.
         entries: kept of them, the mean over layers and heads.
+        end_entries: held when the last token of the answer was predicted: what was fed came on top, unless it was evicted again.
         bytes: of the cache after the cut, without room for new tokens.
         prefill_s, compress_s, decode_s: seconds to read the prompt, to compress it, and for each decoded token; None where
             not measured.
@@ -71,8 +73,10 @@ class Record:
     tokens: int
     agreement: float
     kl: float
+    nll: float
     prompt_tokens: int
     entries: float
+    end_entries: float
     bytes: int
     prefill_s: float | None
     compress_s: float | None
@@ -212,7 +216,7 @@ class _Context:
         for asked in self._compressed(reading, mark, todo):
             if asked.alone:
                 one, decode_s = _step_by_step(self.model, asked.cache, asked.tokens[0])
-                yield self._records(asked, [one], decode_s)
+                yield self._records(asked, [one], decode_s, [_entries(asked.cache)])
                 continue
             waiting.append(asked)
             rows += len(asked.tokens)
@@ -230,7 +234,8 @@ class _Context:
             pairs = [(asked.cache, tokens) for asked in own for tokens in asked.tokens]
             logits = _at_once(self.model, pairs)
             for asked in own:
-                yield self._records(asked, logits[: len(asked.tokens)], None)
+                held = [asked.entries + tokens.fed for tokens in asked.tokens]
+                yield self._records(asked, logits[: len(asked.tokens)], None, held)
                 logits = logits[len(asked.tokens) :]
 
     def _compressed(
@@ -272,7 +277,6 @@ class _Context:
         if visible:
             encoded = [Tokens(tokens.context, [], tokens.prefix, tokens.answer) for tokens in encoded]
         stats = cache.stats()
-        layers = [sum(layer.entries) / len(layer.entries) for layer in stats.layers]
         return _Asked(
             candidate=candidate,
             samples=samples,
@@ -280,16 +284,18 @@ class _Context:
             visible=visible,
             cache=cache,
             prompt_tokens=len(reading.tokens),
-            entries=sum(layers) / len(layers),
+            entries=_entries(cache),
             nbytes=stats.nbytes,
             scorer=stats.layers[0].scorer,
             prefill_s=read_s if timed else None,
             compress_s=compress_s if timed else None,
         )
 
-    def _records(self, asked: _Asked, logits: Sequence[Tensor], decode_s: float | None) -> list[Record]:
+    def _records(
+        self, asked: _Asked, logits: Sequence[Tensor], decode_s: float | None, held: Sequence[float]
+    ) -> list[Record]:
         records = []
-        for sample, tokens, own in zip(asked.samples, asked.tokens, logits):
+        for sample, tokens, own, end_entries in zip(asked.samples, asked.tokens, logits, held):
             truth = torch.tensor(tokens.answer, device=own.device)
             full, logp = self.full[sample.id], own.float().log_softmax(-1)
             right = int((logp.argmax(-1) == truth).sum())
@@ -309,8 +315,10 @@ class _Context:
                     tokens=len(tokens.answer),
                     agreement=(logp.argmax(-1) == full.argmax(-1)).float().mean().item(),
                     kl=max(0.0, F.kl_div(logp, full, reduction="batchmean", log_target=True).item()),
+                    nll=F.nll_loss(logp, truth).item(),
                     prompt_tokens=asked.prompt_tokens,
                     entries=asked.entries,
+                    end_entries=end_entries,
                     bytes=asked.nbytes,
                     prefill_s=asked.prefill_s,
                     compress_s=asked.compress_s,
@@ -319,6 +327,12 @@ class _Context:
                 )
             )
         return records
+
+
+def _entries(cache: CompressedCache) -> float:
+    """What a cache holds, the mean over layers, heads and rows."""
+    layers = [sum(layer.entries) / len(layer.entries) for layer in cache.stats().layers]
+    return sum(layers) / len(layers)
 
 
 def _kind(asked: _Asked) -> Any:

@@ -55,6 +55,11 @@ class Tokens:
         """What follows the question when the answer is fed to the model."""
         return [*self.prefix, *self.answer]
 
+    @property
+    def fed(self) -> int:
+        """How many tokens go in before the answer's last one is predicted, the context aside."""
+        return len(self.question) + len(self.prefix) + len(self.answer) - 1
+
 
 def encode(sample: Sample, tokenizer: Any) -> Tokens:
     """Token ids of a sample; the context starts with the tokenizer's <bos>, if it has one.

@@ -9,19 +9,18 @@ from kvcompress.evaluate.tasks import Sample
 
 __all__ = ["text_samples"]
 
-_CONTINUATION = 128  # tokens whose prediction is compared
 
+def text_samples(path: Path, tokenizer: Any, *, length: int, count: int, answer: int = 128) -> list[Sample]:
+    """Up to `count` stretches of `length` tokens, evenly spread; the last `answer` of each (at most a half) are the continuation.
 
-def text_samples(path: Path, tokenizer: Any, *, length: int, count: int) -> list[Sample]:
-    """Up to `count` stretches of `length` tokens, evenly spread; the last 128 of each (at most a half) are the continuation.
-
-    What counts is `agreement` (the same first choice as the full cache) and `kl`; `right` means that the whole continuation
-    is the model's first choice, which hardly ever happens.
+    What counts is `agreement` (the same first choice as the full cache), `kl` and `perplexity`; `right` means that the whole
+    continuation is the model's first choice, which hardly ever happens. A long continuation is the task for methods that
+    evict while decoding: it is fed token by token, and `end_entries` says what the cache held at its end.
     """
     text = path.read_text(errors="replace")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in encoded["offset_mapping"]]
-    behind = min(_CONTINUATION, length // 2)
+    behind = min(answer, length // 2)
     most = len(starts) // length
     if most == 0:
         raise ValueError(f"{path}: the text must have at least {length} tokens, got {len(starts)}")
