@@ -18,6 +18,18 @@ __device__ __forceinline__ void cluster_arrive() {
   }
 }
 
+// Orders nothing: only says that this thread has come here.
+template <int kBlocks>
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  if constexpr (kBlocks > 1) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#else
+    __trap();  // never launched here
+#endif
+  }
+}
+
 template <int kBlocks>
 __device__ __forceinline__ void cluster_wait() {
   if constexpr (kBlocks > 1) {
@@ -51,6 +63,23 @@ __device__ __forceinline__ uint32_t cluster_load(const uint32_t* shared,
     value = *shared;
   }
   return value;
+}
+
+// *shared = value as block `rank` of the cluster holds it; seen by its threads after the next
+// cluster barrier. The block must have started: arrive early, wait before the first store.
+template <int kBlocks>
+__device__ __forceinline__ void cluster_store(uint32_t* shared, [[maybe_unused]] int rank,
+                                              uint32_t value) {
+  if constexpr (kBlocks > 1) {
+#if __CUDA_ARCH__ >= 900
+    const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(value) : "memory");
+#endif
+  } else {
+    *shared = value;
+  }
 }
 
 template <int kBlocks>

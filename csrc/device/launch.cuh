@@ -23,7 +23,7 @@ __device__ __forceinline__ void launch_dependents() {
 #endif
 }
 
-// Launch(blocks, threads, shared_bytes, stream).early(yes)(op, kernel, arguments...)
+// Launch(blocks, threads, shared_bytes, stream).cluster(size).early(yes)(op, kernel, arguments...)
 class Launch {
  public:
   Launch(unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
@@ -31,23 +31,39 @@ class Launch {
     config_.blockDim = dim3(threads);
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
+    config_.attrs = attributes_;
+  }
+  // Blocks of a cluster, neighbours in the grid. More than 1 on sm_90 and later only.
+  Launch& cluster(unsigned blocks) {
+    if (blocks > 1) {
+      cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {blocks, 1, 1};
+    }
+    return *this;
   }
   // Only for a kernel that calls launch_wait, on devices of sm_90 and later.
   Launch& early(bool yes) {
-    attribute_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute_.val.programmaticStreamSerializationAllowed = 1;
-    config_.attrs = &attribute_;
-    config_.numAttrs = yes ? 1 : 0;
+    if (yes) {
+      cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     return *this;
   }
   template <typename Kernel, typename... Args>
   void operator()(const char* op, Kernel kernel, const Args&... args) {
+    if (config_.dynamicSmemBytes > 48 << 10) {
+      cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(config_.dynamicSmemBytes)),
+                 op);
+    }
     cuda_check(cudaLaunchKernelEx(&config_, kernel, args...), op);
   }
 
  private:
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute attribute_{};
+  cudaLaunchAttribute attributes_[2]{};
 };
 
 }  // namespace kvc

@@ -58,6 +58,7 @@ Tensor topk(const Tensor& scores, const std::optional<Tensor>& counts,
       .window = window,
       .batch_stride = scores.stride(0),
       .head_stride = scores.stride(1),
+      .counts_batch_stride = 1,
   };
   KVC_LAUNCH(topk, scores, params);
   return index;

@@ -9,6 +9,9 @@
 // of scores: +inf > numbers > -inf > NaN of either sign; -0 equals +0. Exact: the n_b-th largest
 // key is found by radix selection on uint32 keys that order as the scores do, then one ordered pass
 // writes the positions.
+//
+// topk_ragged is the same selection with a count a head, its rows packed one behind the other:
+//   index[indptr[r] : indptr[r + 1]] = the kept positions of row r = b * heads + h
 #pragma once
 
 #include <cstdint>
@@ -17,12 +20,17 @@ namespace kvc {
 
 struct TopkParams {
   const float* scores;       // [batch, heads, seq_len], last dimension contiguous
-  const int32_t* counts;     // [batch], or null
+  const int32_t* counts;     // [batch] or [batch, heads], or null
   const int32_t* seq_start;  // [batch], or null
   const int32_t* seq_end;    // [batch], or null
-  int32_t* index;            // [batch, heads, k] contiguous
-  int64_t batch, heads, seq_len, k, sink, window;
-  int64_t batch_stride, head_stride;  // of scores, in elements
+  int32_t* index;            // [batch, heads, k] contiguous; ragged: [total]
+  int32_t* indptr;           // [batch * heads + 1]: ragged; null: uniform
+  int64_t batch, heads, seq_len;
+  int64_t k;      // slots of a row; ragged: most of them
+  int64_t total;  // ragged: slots in all
+  int64_t sink, window;
+  int64_t batch_stride, head_stride;                // of scores, in elements
+  int64_t counts_batch_stride, counts_head_stride;  // of counts
 };
 
 constexpr uint32_t kTopkPadding = 0;           // below every real entry
@@ -37,7 +45,7 @@ constexpr uint32_t topk_key(uint32_t bits) {
   return magnitude > 0x7f800000u ? kTopkNan : key;
 }
 
-// What row b of the batch asks for, all clamped into range.
+// What head h of row b asks for, all clamped into range.
 struct TopkRow {
   int64_t begin, end;              // real entries
   int64_t count;                   // how many to keep
@@ -48,12 +56,14 @@ constexpr int64_t topk_clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-constexpr TopkRow topk_row(const TopkParams& p, int64_t b) {
+constexpr TopkRow topk_row(const TopkParams& p, int64_t b, int64_t h) {
   const int64_t begin = p.seq_start ? topk_clamp(p.seq_start[b], 0, p.seq_len) : 0;
   const int64_t end = p.seq_end ? topk_clamp(p.seq_end[b], begin, p.seq_len) : p.seq_len;
   const int64_t real = end - begin;
   const int64_t most = p.k < real ? p.k : real;
-  const int64_t count = p.counts ? topk_clamp(p.counts[b], 0, most) : most;
+  const int64_t count =
+      p.counts ? topk_clamp(p.counts[b * p.counts_batch_stride + h * p.counts_head_stride], 0, most)
+               : most;
   const int64_t sink_end = begin + (p.sink < real ? p.sink : real);
   const int64_t window = p.window < end - sink_end ? p.window : end - sink_end;
   return {begin, end, count, sink_end, end - window};

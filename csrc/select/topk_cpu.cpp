@@ -145,10 +145,10 @@ int32_t* write_range(int64_t begin, int64_t end, int32_t* out) {
   return out;
 }
 
-void select_row(const TopkParams& p, int64_t b, int64_t h) {
-  const TopkRow row = topk_row(p, b);
-  int32_t* out = p.index + (b * p.heads + h) * p.k;
-  int32_t* const end = out + p.k;
+// Fills [out, end), as far as it goes: the kept positions, then -1.
+void select_row(const TopkParams& p, int64_t b, int64_t h, int32_t* out, int32_t* end) {
+  TopkRow row = topk_row(p, b, h);
+  row.count = std::min<int64_t>(row.count, end - out);
   const int64_t sink = std::min(row.sink_end - row.begin, row.count);
   const int64_t window = std::min(row.end - row.window_begin, row.count - sink);
   const int64_t rest = row.count - sink - window;
@@ -162,10 +162,24 @@ void select_row(const TopkParams& p, int64_t b, int64_t h) {
 }  // namespace
 
 void topk_cpu(const TopkParams& params) {
-  const int64_t grain = 1 + 4096 / params.seq_len;
-  parallel_for(0, params.batch * params.heads, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      select_row(params, item / params.heads, item % params.heads);
+  const int64_t rows = params.batch * params.heads;
+  if (params.indptr != nullptr) {
+    int64_t slots = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      params.indptr[row] = static_cast<int32_t>(slots);
+      slots += topk_row(params, row / params.heads, row % params.heads).count;
+      slots = std::min(slots, params.total);
+    }
+    params.indptr[rows] = static_cast<int32_t>(slots);
+    std::fill(params.index + slots, params.index + params.total, -1);
+  }
+  const int64_t grain = 1 + 4096 / std::max<int64_t>(params.seq_len, 1);
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first = params.indptr ? params.indptr[row] : row * params.k;
+      const int64_t last = params.indptr ? params.indptr[row + 1] : first + params.k;
+      select_row(params, row / params.heads, row % params.heads, params.index + first,
+                 params.index + last);
     }
   });
 }

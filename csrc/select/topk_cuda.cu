@@ -1,316 +1,387 @@
 // topk on CUDA: one launch, a cluster of kBlocks blocks a row (a single block on sm_80, and where
 // rows are many).
 //
-// The row is cut into kBlocks slices. Each block turns its slice into uint32 keys, kept in shared
-// memory if they fit, made anew from the scores if not; forced entries are all ones, padding is 0.
-// Three passes of 11, 11 and 10 bits find the threshold, the n-th largest key: shared-memory
-// histograms (integer atomics, so the same counts every run), summed over the cluster, scanned from
-// the top by every block alike. Then each warp counts its stretch of the slice, the counts give
-// every warp its first slot, and a ballot per 32 entries writes the positions in order, ties with
-// the threshold from the smallest position on. Bound: 4 bytes a score read once, 4 bytes a kept
-// entry written once; below about 10 MB the barriers between the passes are what counts.
+// Forced entries and padding are stretches of positions, so only the free entries between sink and
+// window compete; each block owns a slice of them. A score becomes a uint32 key that orders as the
+// scores do.
+// 1. Histogram of the keys in kBins bins of equal width over what is still open (at first, all
+//    keys), by integer atomics in shared memory: the same counts every run. Each block pushes sums
+//    of 32 bins to every other block, a cluster barrier, then all of them find the bin of the n-th
+//    largest key: 32 bins at a time, so that only 32 words a block cross the cluster. The bin is
+//    clipped to the range of the keys that are there. Repeated while it holds more than kCandidates
+//    keys of different values, which is rare: quarters to eighths of an octave hold 1 - 4 % of a
+//    row of scores, and equal ones need no second look.
+// 2. The slice is read again, from L1 or L2: bits say which entries lie above the bin; the keys
+//    inside, the candidates, are pushed to all blocks. Second and last barrier: every block
+//    finds the threshold among all candidates by itself.
+// 3. Bits become positions: counts of the blocks, warps and words before give each word its slots,
+//    ties go to the smallest positions.
+// Bound: 4 bytes a score read once from memory, 4 bytes a kept entry written once; below about
+// 10 MB the latency of one read, two cluster barriers and about 20 block barriers. No scratch.
 #include <algorithm>
 
-#include "device/check.cuh"
-#include "device/cluster.cuh"
+#include "device/launch.cuh"
 #include "device/limits.cuh"
-#include "device/reduce.cuh"
+#include "select/score_slice.cuh"
 #include "select/topk.h"
 
 namespace kvc {
 namespace {
 
-constexpr int kBins = 1 << 11;
-constexpr int kUnroll = 8;  // loads in flight a thread while keys are made
-constexpr int kAhead = 4;   // the same while positions are written
+constexpr int kCandidates = 6144;   // most keys that are passed round
+constexpr int kGroup = kWarp * 32;  // entries whose bits a warp turns into positions at once
 
-template <int kBlocks_, bool kCached_>
+template <int kBlocks_, int kThreads_, bool kHasBits_>
 struct Traits {
-  static constexpr int kBlocks = kBlocks_;   // of a cluster
-  static constexpr bool kCached = kCached_;  // keys stay in shared memory
-  static constexpr int kThreads = kBlocks == 1 ? 1024 : 512;
+  static constexpr int kBlocks = kBlocks_;  // of a cluster
+  static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kBinsPerThread = kBins / kThreads;
-  static_assert(kBinsPerThread % 2 == 0, "bins are read in pairs");
+  static constexpr bool kHasBits =
+      kHasBits_;  // bits fit shared memory; else keys are read a third time
 };
 
 template <typename T>
 struct Shared {
-  alignas(
-      16) uint32_t bins[3][kBins];  // one table a pass: a slow block may still read the last one
-  uint32_t totals[2];               // of this block: keys above the threshold, keys equal to it
-  uint32_t warp_above[T::kWarps], warp_equal[T::kWarps];
-  uint32_t picked_bin, picked_rank;
+  static constexpr int kWarps = T::kWarps;
+  RadixBins<T> radix;
+  uint32_t few[kWarp];        // open candidates, when they are few
+  uint32_t candidates, fews;  // of this block
+  uint32_t above_before,
+      tied_before;  // candidates of earlier blocks: above the threshold, equal to it
+  uint32_t warp_above[kWarps], warp_tied[kWarps];
+  union {
+    struct {
+      uint32_t keys[kCandidates];       // candidates of all blocks, block after block
+      uint32_t positions[kCandidates];  // of this block's
+    };
+    uint16_t staged[kWarps][kGroup];  // positions on their way out, counted from a group's first
+  };
 };
 
-__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x) {
-  const int lane = threadIdx.x % kWarp;
+// --- bits
+
+// Four bits of each lane -> the word of its 32 entries, known to the eight lanes that made it.
+__device__ __forceinline__ uint32_t join_bits(uint32_t four) {
+  uint32_t word = four << threadIdx.x % 8 * 4;
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t below = __shfl_up_sync(0xffffffffu, x, offset);
-    if (lane >= offset) x += below;
-  }
-  return x;
+  for (int offset = 1; offset < 8; offset *= 2) word |= __shfl_xor_sync(0xffffffffu, word, offset);
+  return word;
 }
 
-// The slice of one block: keys by position. Positions fit 31 bits, so their sums with a step
-// fit 32.
 template <typename T>
-struct Slice {
-  const float* scores;  // of the row
-  uint32_t* cache;      // keys of [begin, end)
-  uint32_t begin, end;
-  uint32_t row_begin, row_end, sink_end, window_begin;  // as in TopkRow
-
-  __device__ __forceinline__ uint32_t make_key(uint32_t i, float score) const {
-    if (i < row_begin || i >= row_end) return kTopkPadding;
-    if (i < sink_end || i >= window_begin) return kTopkForced;
-    return topk_key(__float_as_uint(score));
-  }
-
-  __device__ __forceinline__ uint32_t key(uint32_t i) const {
-    if constexpr (T::kCached) return cache[i - begin];
-    return make_key(i, __ldg(scores + i));
-  }
-
-  // Calls f(key) for every entry of the slice, in no order. The first walk fills the cache.
-  template <bool kFirst, typename F>
-  __device__ __forceinline__ void for_each(F&& f) const {
-    if constexpr (T::kCached && !kFirst) {
-      for (uint32_t i = begin + threadIdx.x; i < end; i += T::kThreads) f(cache[i - begin]);
-    } else {
-      for (uint32_t first = begin + threadIdx.x; first < end; first += kUnroll * T::kThreads) {
-        float loaded[kUnroll];
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-          const uint32_t i = first + j * T::kThreads;
-          loaded[j] = i < end ? __ldg(scores + i) : 0.f;
-        }
-#pragma unroll
-        for (int j = 0; j < kUnroll; ++j) {
-          const uint32_t i = first + j * T::kThreads;
-          if (i < end) {
-            const uint32_t made = make_key(i, loaded[j]);
-            if constexpr (T::kCached) cache[i - begin] = made;
-            f(made);
-          }
-        }
-      }
-    }
-  }
+struct Bits {
+  uint32_t *above, *tied;  // a bit an entry of the slice, from its first chunk on
 };
 
-// Finds the bin of the rank-th largest key in `bins`, summed over the cluster; the rank becomes
-// that within the bin. All threads of the cluster agree on the result.
+// The words of a group of 32, one a lane: entries above the threshold, entries equal to it.
 template <typename T>
-__device__ uint32_t pick_bin(Shared<T>& shared, const uint32_t* bins, uint32_t& rank) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  // thread t takes the t-th highest bins
-  const int lowest = kBins - (static_cast<int>(threadIdx.x) + 1) * T::kBinsPerThread;
-  uint32_t counts[T::kBinsPerThread] = {};
+__device__ __forceinline__ uint2 group_bits(const Slice& slice, const Bits<T>& bits,
+                                            uint32_t threshold, uint32_t first_word,
+                                            uint32_t last_word) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  if constexpr (T::kHasBits) {
+    const uint32_t word = first_word + lane;
+    return word < last_word ? make_uint2(bits.above[word], bits.tied[word]) : make_uint2(0, 0);
+  } else {
+    uint2 mine{};
+#pragma unroll 2
+    for (uint32_t step = 0; step < kGroup / kChunk; ++step) {
+      uint32_t keys[4];
+      slice.edge_keys(slice.position(first_word / (kChunk / 32) + step), keys);
+      uint32_t above = 0, tied = 0;
 #pragma unroll
-  for (int block = 0; block < T::kBlocks; ++block) {
-#pragma unroll
-    for (int j = 0; j < T::kBinsPerThread; j += 2) {
-      const uint2 pair = cluster_load2<T::kBlocks>(bins + lowest + j, block);
-      counts[j] += pair.x;
-      counts[j + 1] += pair.y;
-    }
-  }
-  uint32_t own = 0;
-#pragma unroll
-  for (int j = 0; j < T::kBinsPerThread; ++j) own += counts[j];
-  const uint32_t within = warp_inclusive_sum(own);
-  if (lane == kWarp - 1) shared.warp_above[warp] = within;
-  __syncthreads();
-  uint32_t above = within - own;  // keys in higher bins than this thread's
-  for (int w = 0; w < warp; ++w) above += shared.warp_above[w];
-  if (above < rank && rank <= above + own) {
-#pragma unroll
-    for (int j = T::kBinsPerThread - 1; j >= 0; --j) {
-      if (above < rank && rank <= above + counts[j]) {
-        shared.picked_bin = lowest + j;
-        shared.picked_rank = rank - above;
+      for (int j = 0; j < 4; ++j) {
+        above |= static_cast<uint32_t>(keys[j] > threshold) << j;
+        tied |= static_cast<uint32_t>(keys[j] == threshold) << j;
       }
-      above += counts[j];
+      above = __shfl_sync(0xffffffffu, join_bits(above), lane % 4 * 8);
+      tied = __shfl_sync(0xffffffffu, join_bits(tied), lane % 4 * 8);
+      if (lane / 4 == step) mine = {above, tied};
     }
+    return first_word + lane < last_word ? mine : make_uint2(0, 0);
   }
+}
+
+// The `wanted` lowest set bits of a word.
+__device__ __forceinline__ uint32_t lowest_bits(uint32_t word, uint32_t wanted) {
+  if (wanted == 0) return 0;
+  for (int extra = __popc(word) - static_cast<int>(wanted); extra > 0; --extra) {
+    word &= ~(0x80000000u >> __clz(word));
+  }
+  return word;
+}
+
+// The block's part of the positions first, first + 1, ...
+template <typename T>
+__device__ __forceinline__ void write_range(int32_t* out, int64_t first, uint32_t count,
+                                            uint32_t block) {
+#pragma unroll 1
+  for (uint32_t i = block * T::kThreads + threadIdx.x; i < count; i += T::kBlocks * T::kThreads) {
+    out[i] = static_cast<int32_t>(first + i);
+  }
+}
+
+// Ragged: kept entries of the rows before this one. The same number in all threads.
+template <typename T>
+__device__ __noinline__ int64_t slots_before(Shared<T>& shared, const TopkParams& p,
+                                             uint32_t row_id) {
+  const auto heads = static_cast<uint32_t>(p.heads);
+  uint32_t sum = 0;  // the total is an int32
+  for (uint32_t row = threadIdx.x; row < row_id; row += T::kThreads) {
+    sum += static_cast<uint32_t>(topk_row(p, row / heads, row % heads).count);
+  }
+  sum = __reduce_add_sync(0xffffffffu, sum);
+  if (threadIdx.x % kWarp == 0) shared.warp_above[threadIdx.x / kWarp] = sum;
   __syncthreads();
-  rank = shared.picked_rank;
-  return shared.picked_bin;
-}
-
-// The n-th largest key of the row, and in `rank` how many of those equal to it are kept.
-template <typename T>
-__device__ uint32_t find_threshold(Shared<T>& shared, const Slice<T>& slice, uint32_t& rank) {
-  uint32_t* bins = shared.bins[0];
-  slice.template for_each<true>([&](uint32_t key) {
-    if (key != kTopkPadding) atomicAdd(bins + (key >> 21), 1u);
-  });
-  cluster_sync<T::kBlocks>();
-  uint32_t prefix = pick_bin(shared, bins, rank);
-
-  bins = shared.bins[1];
-  slice.template for_each<false>([&](uint32_t key) {
-    if (key >> 21 == prefix) atomicAdd(bins + (key >> 10 & 0x7ffu), 1u);
-  });
-  cluster_sync<T::kBlocks>();
-  prefix = prefix << 11 | pick_bin(shared, bins, rank);
-
-  bins = shared.bins[2];
-  slice.template for_each<false>([&](uint32_t key) {
-    if (key >> 10 == prefix) atomicAdd(bins + (key & 0x3ffu), 1u);
-  });
-  cluster_sync<T::kBlocks>();
-  return prefix << 10 | pick_bin(shared, bins, rank);
+  sum = 0;
+  for (int warp = 0; warp < T::kWarps; ++warp) sum += shared.warp_above[warp];
+  return sum;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads)
-    topk_kernel(const __grid_constant__ TopkParams p, int64_t slice_size) {
+__global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
+    topk_kernel(const __grid_constant__ TopkParams p, uint32_t words) {
+  constexpr int kBlocks = T::kBlocks, kThreads = T::kThreads, kWarps = T::kWarps;
   extern __shared__ uint4 dynamic[];
   auto& shared = *reinterpret_cast<Shared<T>*>(dynamic);
+  const Bits<T> bits{reinterpret_cast<uint32_t*>(&shared + 1),
+                     reinterpret_cast<uint32_t*>(&shared + 1) + words};
 
-  const int block = blockIdx.x % T::kBlocks;  // rank in the cluster
-  const int64_t row_id = blockIdx.x / T::kBlocks;
-  const int64_t b = row_id / p.heads, h = row_id % p.heads;
-  const TopkRow row = topk_row(p, b);
-  int32_t* const out = p.index + row_id * p.k;
-  for (int64_t i = row.count + block * T::kThreads + threadIdx.x; i < p.k;
-       i += T::kBlocks * T::kThreads) {
-    out[i] = -1;
+  clear_bins(shared.radix);
+  if (threadIdx.x == 0) {
+    shared.candidates = shared.fews = shared.above_before = shared.tied_before = 0;
   }
-  if (row.count == 0) return;  // all blocks of the cluster alike
+  launch_wait();
+  launch_dependents();
 
-  const int64_t begin = min(block * slice_size, p.seq_len);
-  const Slice<T> slice{
-      .scores = p.scores + b * p.batch_stride + h * p.head_stride,
-      .cache = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(dynamic) + sizeof(Shared<T>)),
-      .begin = static_cast<uint32_t>(begin),
-      .end = static_cast<uint32_t>(min(begin + slice_size, p.seq_len)),
-      .row_begin = static_cast<uint32_t>(row.begin),
-      .row_end = static_cast<uint32_t>(row.end),
-      .sink_end = static_cast<uint32_t>(row.sink_end),
-      .window_begin = static_cast<uint32_t>(row.window_begin),
+  // who am I, and what is there to choose
+  const uint32_t block = blockIdx.x % kBlocks;  // rank in the cluster
+  const uint32_t row_id = blockIdx.x / kBlocks, heads = static_cast<uint32_t>(p.heads);
+  const uint32_t b = row_id / heads, h = row_id % heads;
+  TopkRow row = topk_row(p, b, h);
+  int64_t first_slot = row_id * p.k, slots = p.k;
+  if (p.indptr != nullptr) {
+    first_slot = min(slots_before(shared, p, row_id), p.total);
+    row.count = slots = min(row.count, p.total - first_slot);
+    const bool is_last = row_id + 1 == p.batch * heads;
+    if (block == 0 && threadIdx.x == 0) {
+      p.indptr[row_id] = static_cast<int32_t>(first_slot);
+      if (is_last) p.indptr[row_id + 1] = static_cast<int32_t>(first_slot + slots);
+    }
+    if (is_last) slots = p.total - first_slot;
+  }
+  int32_t* out = p.index + first_slot;
+  const auto sink = static_cast<uint32_t>(min(row.sink_end - row.begin, row.count));
+  const auto window = static_cast<uint32_t>(min(row.end - row.window_begin, row.count - sink));
+  const auto free = static_cast<uint32_t>(row.window_begin - row.sink_end);
+  const auto wanted = static_cast<uint32_t>(row.count - sink - window);
+  const auto write_forced = [&] {
+    write_range<T>(out, row.begin, sink, block);
+    write_range<T>(out + sink + wanted, row.window_begin, window, block);
+    for (int64_t i = row.count + block * kThreads + threadIdx.x; i < slots; i += kBlocks * kThreads)
+      out[i] = -1;
   };
-  for (int i = threadIdx.x; i < 3 * kBins; i += T::kThreads) (&shared.bins[0][0])[i] = 0;
-  __syncthreads();
-  uint32_t ties = static_cast<uint32_t>(row.count);
-  const uint32_t threshold = find_threshold<T>(shared, slice, ties);
+  if (wanted == free || wanted == 0) {  // nothing to choose; all blocks of the cluster alike
+    write_forced();
+    write_range<T>(out + sink, row.sink_end, wanted, block);
+    return;
+  }
+  cluster_arrive_relaxed<kBlocks>();  // this block runs: its shared memory may be written to
 
-  // each warp counts its stretch, 32 entries a step
+  const float* scores = p.scores + b * p.batch_stride + h * p.head_stride;
+  const uint32_t offset = Slice::offset_of(scores), begin = static_cast<uint32_t>(row.sink_end);
+  const Slice slice = Slice::make<kBlocks>(scores, begin, begin + free, block);
+
+  // 1. the bin of the threshold
+  __syncthreads();
+  Found found{.open = {.low = kTopkNan, .width = kTopkForced - kTopkNan, .rank = wanted}};
+  count_slice<true>(shared.radix, slice, found.open);
+  cluster_wait<kBlocks>();
+  found = narrow<kBlocks>(shared.radix, found.open, block);
+  uint32_t above_before = found.above_before;  // in earlier blocks
+  while (found.open.width > 0 && found.count > kCandidates) {
+    cluster_sync<kBlocks>();  // all blocks have read these bins
+    clear_bins(shared.radix);
+    __syncthreads();
+    count_slice<false>(shared.radix, slice, found.open);
+    found = narrow<kBlocks>(shared.radix, found.open, block);
+    above_before += found.above_before;
+  }
+  const bool is_exact = found.open.width == 0;  // all open keys are equal: the threshold is known
+
+  // 2. bits, and candidates to all blocks
+  slice.for_each<T::kWarps, true>([&](uint32_t chunk, const uint32_t (&keys)[4], auto) {
+    uint32_t above = 0, open = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      above |= static_cast<uint32_t>(keys[j] > found.open.low + found.open.width) << j;
+      open |= static_cast<uint32_t>(found.open.holds(keys[j])) << j;
+    }
+    if constexpr (T::kHasBits) {
+      const uint32_t word = join_bits(above);
+      const uint32_t tied = is_exact ? join_bits(open) : 0;
+      if (threadIdx.x % 8 == 0) {
+        bits.above[chunk * 4 + threadIdx.x % kWarp / 8] = word;
+        bits.tied[chunk * 4 + threadIdx.x % kWarp / 8] = tied;
+      }
+    }
+    if (!is_exact && open != 0) {
+      uint32_t slot = atomicAdd(&shared.candidates, __popc(open));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (open >> j & 1) {
+          shared.keys[found.before + slot] = keys[j];
+          shared.positions[slot++] = chunk * kChunk + 4 * (threadIdx.x % kWarp) + j;
+        }
+      }
+    }
+  });
+  __syncthreads();
+  if constexpr (kBlocks > 1) {
+    if (!is_exact) {
+      for (uint32_t j = threadIdx.x; j < shared.candidates; j += kThreads) {
+        const uint32_t key = shared.keys[found.before + j];
+#pragma unroll
+        for (int other = 0; other < kBlocks; ++other) {
+          if (static_cast<uint32_t>(other) != block)
+            cluster_store<kBlocks>(&shared.keys[found.before + j], other, key);
+        }
+      }
+    }
+    cluster_sync<kBlocks>();  // from here on each block is by itself
+  }
+  uint32_t tied_before = is_exact ? found.before : 0;
+  Open open = found.open;
+  for (uint32_t count = found.count; open.width > 0;) {
+    if (count <= kWarp) {
+      for (uint32_t j = threadIdx.x; j < found.count; j += kThreads) {
+        const uint32_t key = shared.keys[j];
+        if (open.holds(key)) shared.few[atomicAdd(&shared.fews, 1u)] = key;
+      }
+      __syncthreads();
+      open = pick_of_few(shared.few, count, open.rank);
+      break;
+    }
+    clear_bins(shared.radix);
+    __syncthreads();
+    Counter counter(open);
+    for (uint32_t j = threadIdx.x; j < found.count; j += kThreads) {
+      counter.template count<false>(shared.radix.bins, shared.keys[j]);
+    }
+    counter.finish(shared.radix.range);
+    const Found next = narrow<1>(shared.radix, open, 0);
+    open = next.open;
+    count = next.count;
+  }
+  const uint32_t threshold = open.low, ties = open.rank;
+  if (!is_exact) {
+    for (uint32_t j = threadIdx.x; j < found.before; j += kThreads) {
+      const uint32_t key = shared.keys[j];
+      if (key > threshold) atomicAdd(&shared.above_before, 1u);
+      if (key == threshold) atomicAdd(&shared.tied_before, 1u);
+    }
+    if constexpr (T::kHasBits) {
+      for (uint32_t j = threadIdx.x; j < shared.candidates; j += kThreads) {
+        const uint32_t key = shared.keys[found.before + j], at = shared.positions[j];
+        if (key > threshold) atomicOr(bits.above + at / 32, 1u << at % 32);
+        if (key == threshold) atomicOr(bits.tied + at / 32, 1u << at % 32);
+      }
+    }
+    __syncthreads();
+    above_before += shared.above_before;
+    tied_before += shared.tied_before;
+  }
+
+  // 3. positions: each warp counts its stretch of words, then writes it
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t stretch =
-      static_cast<uint32_t>((slice_size + T::kThreads - 1) / T::kThreads) * kWarp;
-  const uint32_t first = min(slice.begin + warp * stretch, slice.end);
-  const uint32_t last = min(first + stretch, slice.end);
-  uint32_t above = 0, equal = 0;
-#pragma unroll 4
-  for (uint32_t i = first + lane; i < last; i += kWarp) {
-    const uint32_t key = slice.key(i);
-    above += key > threshold;
-    equal += key == threshold;
+  const uint32_t all_words = slice.chunks * (kChunk / 32);
+  const uint32_t stretch = (slice.chunks + kWarps - 1) / kWarps * (kChunk / 32);
+  const uint32_t first_word = min(warp * stretch, all_words),
+                 last_word = min(first_word + stretch, all_words);
+  uint32_t above = 0, tied = 0;
+  for (uint32_t word = first_word; word < last_word; word += kWarp) {
+    const uint2 mine = group_bits<T>(slice, bits, threshold, word, last_word);
+    above += __popc(mine.x);
+    tied += __popc(mine.y);
   }
   above = __reduce_add_sync(0xffffffffu, above);
-  equal = __reduce_add_sync(0xffffffffu, equal);
+  tied = __reduce_add_sync(0xffffffffu, tied);
   if (lane == 0) {
     shared.warp_above[warp] = above;
-    shared.warp_equal[warp] = equal;
+    shared.warp_tied[warp] = tied;
   }
   __syncthreads();
-
-  // entries before this warp's: those of earlier warps, then those of earlier blocks
-  above = lane < warp ? shared.warp_above[lane] : 0;
-  equal = lane < warp ? shared.warp_equal[lane] : 0;
-  above = __reduce_add_sync(0xffffffffu, above);
-  equal = __reduce_add_sync(0xffffffffu, equal);
-  if constexpr (T::kBlocks > 1) {
-    if (warp == T::kWarps - 1 && lane == 0) {
-      shared.totals[0] = above + shared.warp_above[warp];
-      shared.totals[1] = equal + shared.warp_equal[warp];
+  above_before += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_above[lane] : 0);
+  tied_before += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_tied[lane] : 0);
+  write_forced();
+  out += sink + above_before + min(tied_before, ties);
+  uint16_t* staged = shared.staged[warp];
+  for (uint32_t word = first_word; word < last_word; word += kWarp) {
+    const uint2 mine = group_bits<T>(slice, bits, threshold, word, last_word);
+    const uint32_t own_ties = __popc(mine.y);
+    const uint32_t ties_through = tied_before + warp_inclusive_sum(own_ties);
+    const uint32_t ties_left = ties - min(ties, ties_through - own_ties);
+    uint32_t kept = mine.x | lowest_bits(mine.y, min(own_ties, ties_left));
+    const uint32_t through = warp_inclusive_sum(__popc(kept));
+    for (uint32_t slot = through - __popc(kept); kept != 0; kept &= kept - 1) {
+      staged[slot++] = static_cast<uint16_t>(lane * 32 + __ffs(kept) - 1);
     }
-    cluster_sync<T::kBlocks>();
-    for (int other = 0; other < block; ++other) {
-      above += cluster_load<T::kBlocks>(shared.totals, other);
-      equal += cluster_load<T::kBlocks>(shared.totals + 1, other);
-    }
-    cluster_arrive<T::kBlocks>();  // this block reads no other from here on
+    __syncwarp();
+    const uint32_t count = __shfl_sync(0xffffffffu, through, kWarp - 1);
+    const uint32_t base = slice.first_chunk * kChunk + word * 32 - offset;
+    for (uint32_t j = lane; j < count; j += kWarp) out[j] = static_cast<int32_t>(base + staged[j]);
+    __syncwarp();
+    out += count;
+    tied_before = __shfl_sync(0xffffffffu, ties_through, kWarp - 1);
   }
-
-  // write positions in order
-  const uint32_t lanes_below = (1u << lane) - 1;
-  for (uint32_t start = first; start < last; start += kAhead * kWarp) {
-    uint32_t keys[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const uint32_t i = start + j * kWarp + lane;
-      keys[j] = i < last ? slice.key(i) : kTopkPadding;
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const bool is_above = keys[j] > threshold, is_equal = keys[j] == threshold;
-      const uint32_t all_above = __ballot_sync(0xffffffffu, is_above);
-      const uint32_t all_equal = __ballot_sync(0xffffffffu, is_equal);
-      const uint32_t above_before = above + __popc(all_above & lanes_below);
-      const uint32_t equal_before = equal + __popc(all_equal & lanes_below);
-      if (is_above || (is_equal && equal_before < ties)) {
-        out[above_before + min(equal_before, ties)] =
-            static_cast<int32_t>(start + j * kWarp + lane);
-      }
-      above += __popc(all_above);
-      equal += __popc(all_equal);
-    }
-  }
-  if constexpr (T::kBlocks > 1) cluster_wait<T::kBlocks>();  // no block leaves while others read it
 }
 
 template <typename T>
-void launch(const TopkParams& p, int64_t slice, cudaStream_t stream) {
-  const size_t bytes = sizeof(Shared<T>) + (T::kCached ? slice * sizeof(uint32_t) : 0);
-  const auto kernel = topk_kernel<T>;
-  if (bytes > 48 << 10) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)),
-               "topk");
-  }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = T::kBlocks;
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.batch * p.heads * T::kBlocks));
-  config.blockDim = dim3(T::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = T::kBlocks > 1 ? 1 : 0;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, p, slice), "topk");
+void launch(const TopkParams& p, uint32_t words, const DeviceLimits& limits, cudaStream_t stream) {
+  const size_t bytes = sizeof(Shared<T>) + (T::kHasBits ? size_t{2} * words * sizeof(uint32_t) : 0);
+  const auto blocks = static_cast<unsigned>(p.batch * p.heads * T::kBlocks);
+  Launch(blocks, T::kThreads, bytes, stream)
+      .cluster(T::kBlocks)
+      .early(limits.major >= 9)("topk", topk_kernel<T>, p, words);
 }
 
-// Blocks a row: as many as fill the GPU twice at most, and not so many that a slice is mere
-// overhead. Eight is the largest portable cluster.
-int blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
-  if (limits.major < 9) return 1;
-  constexpr int64_t kLeastSlice = 2048;
-  int blocks = 8;
-  while (blocks > 1 && (p.batch * p.heads * blocks > 2 * limits.multiprocessors ||
-                        p.seq_len < kLeastSlice * blocks)) {
-    blocks /= 2;
-  }
-  return blocks;
-}
+// Entries of a block that has a multiprocessor to itself from which on 1024 threads beat 512.
+constexpr int64_t kLongSlice = 40000;
 
 template <int kBlocks>
 void dispatch(const TopkParams& p, const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t slice = (p.seq_len + kBlocks - 1) / kBlocks;
+  // two chunks more than whole ones: the first and the last may be cut
+  const int64_t chunks = (p.seq_len / kChunk + 2 + kBlocks - 1) / kBlocks;
+  const int64_t words = chunks * (kChunk / 32);
   const int64_t room =
-      limits.shared_bytes - static_cast<int64_t>(sizeof(Shared<Traits<kBlocks, true>>));
-  if (slice * static_cast<int64_t>(sizeof(uint32_t)) <= room) {
-    launch<Traits<kBlocks, true>>(p, slice, stream);
-  } else {
-    launch<Traits<kBlocks, false>>(p, slice, stream);
+      limits.shared_bytes - static_cast<int64_t>(sizeof(Shared<Traits<kBlocks, 1024, true>>));
+  if (2 * words * static_cast<int64_t>(sizeof(uint32_t)) > room) {
+    if constexpr (kBlocks == 1 || kBlocks == 8) {
+      return launch<Traits<kBlocks, 1024, false>>(p, 0, limits, stream);
+    } else {
+      return dispatch<8>(p, limits, stream);
+    }
   }
+  const bool is_alone = p.batch * p.heads * kBlocks <= limits.multiprocessors;
+  if (is_alone && chunks * kChunk >= kLongSlice) {
+    launch<Traits<kBlocks, 1024, true>>(p, static_cast<uint32_t>(words), limits, stream);
+  } else {
+    launch<Traits<kBlocks, 512, true>>(p, static_cast<uint32_t>(words), limits, stream);
+  }
+}
+
+// Blocks a row: as many as have a multiprocessor each, in slices that are more than overhead; where
+// they fill the GPU, the slices must be longer to pay for the barriers. Eight is the largest
+// portable cluster.
+int blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
+  if (limits.major < 9) return 1;
+  const int64_t rows = p.batch * p.heads;
+  int blocks = 8;
+  for (; blocks > 1; blocks /= 2) {
+    const int64_t least_slice = 2 * rows * blocks > limits.multiprocessors ? 8192 : 1024;
+    if (rows * blocks <= limits.multiprocessors && p.seq_len >= least_slice * blocks) break;
+  }
+  return blocks;
 }
 
 }  // namespace
