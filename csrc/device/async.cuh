@@ -21,9 +21,15 @@ __device__ __forceinline__ void copy_async(Word* shared, const Word* global) {
   }
 }
 
-// Until all copies of this thread have arrived.
+// Closes a group of copies of this thread.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Until all but the newest kPending groups of this thread have landed.
+template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
 }  // namespace kvc

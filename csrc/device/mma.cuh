@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "device/async.cuh"
+
 namespace kvc {
 
 __device__ __forceinline__ uint32_t shared_address(const void* x) {
@@ -25,14 +27,6 @@ __device__ __forceinline__ void copy_async_8(void* to, const void* from, bool in
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)),
                "l"(from), "r"(inside ? 8 : 0)
                : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-// Until all but the newest kPending groups of this thread have landed.
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
 // --- fragments

@@ -41,21 +41,11 @@ void compact(const std::vector<Tensor>& tensors, const Tensor& index) {
       .seq_len = seq_len,
       .k = k,
   };
-  int64_t flags = 0;
   for (const Tensor& t : tensors) {
     const Rows rows = rows_of(t, /*is_written=*/true);
-    if (rows.bytes == 0) continue;
-    params.tensors[params.num_tensors++] = rows;
-    const CompactTile tile = compact_tile(rows.bytes, k);
-    flags += batch * heads * tile.slices * tile.tiles;
+    if (rows.bytes > 0) params.tensors[params.num_tensors++] = rows;
   }
   if (params.num_tensors == 0) return;
-  std::optional<Tensor> scratch;
-  if (index.is_cuda() && k > kCompactWholeRows) {
-    scratch = torch::stable::new_empty(index, {flags + 1}, ScalarType::Int);
-    params.scratch = scratch->mutable_data_ptr<int32_t>();
-    params.scratch_size = flags + 1;
-  }
   KVC_LAUNCH(compact, index, params);
 }
 

@@ -1,245 +1,225 @@
-// compact_ on CUDA: read before write, without a second buffer and without a deadlock.
+// compact_ on CUDA: in place, any number of tensors in one launch, no scratch.
 //
-// Every block stages its rows through shared memory: read all, synchronise, write all.
-// - k <= kCompactWholeRows: a block owns all k rows of a column slice of one (tensor, batch row,
-// head). Slices do
-//   not touch each other, so no two blocks ever look at the same bytes: one launch, no flags.
-// - longer: a block owns a tile of `rows` destinations of such a slice, [a, b), and other tiles may
-// have their
-//   sources there. Blocks draw tickets; tiles of a slice ascend with the ticket. A block reads its
-//   sources, sets its flag, waits for the flags of all tiles with sources in [a, b), then writes.
-//   Which tiles: the index ascends, so those sources are its entries lb(a) .. lb(b) - 1, lb(x) =
-//   entries below x, and as index[i] >= i none of them stands behind b: no tile after this one. No
-//   deadlock, whatever the index holds: a block waits only for tiles of smaller tickets. Their
-//   blocks run already, since they drew, and set their flags before they wait themselves; so by
-//   induction every flag is set. No lost row: a source is overwritten only by the tile that owns
-//   its slot, and that tile has waited for the reader's flag; read -> barrier -> release -> acquire
-//   -> barrier -> write is a happens-before chain.
+// Unit = a column slice of the rows of one (tensor, batch row, head). Units never touch the same
+// bytes. A unit belongs to a cluster of kBlocks blocks (a single block where units are many, and on
+// sm_80), which walks its slots in rounds of kBlocks * rows: in round r block j owns the slots
+// [(r * kBlocks + j) * rows, + rows). Each thread copies the words it owns to shared memory,
+// kStages - 1 rounds ahead of the one it writes; before round r is written, a barrier of the
+// cluster says that all its blocks have read the rounds up to r.
+//
+// Why no row is lost: index ascends, so index[i] >= i. (1) A slot of round r, once written, is no
+// longer needed: it can be the source only of slots i <= index[i], so of rounds <= r, and the
+// barrier of round r comes after all reads of those. (2) A read of a later round q > r, which may
+// be under way while round r is written, finds its source untouched: index[i] >= i lies in round q
+// or behind, and slots of rounds >= q are written only after the barrier of round q, which this
+// read comes before. A read counts as done when its data lies in shared memory
+// (cp.async.wait_group). Nothing waits for another cluster, so there is no order of blocks in which
+// it could hang, whatever the index holds.
+//
 // Bound: each moved row read once and written once; rows in place are skipped. Same bytes every
 // run.
 #include <algorithm>
 
 #include "device/async.cuh"
-#include "device/check.cuh"
+#include "device/cluster.cuh"
 #include "device/copy_rows.cuh"
-#include "device/flag.cuh"
-#include "device/reduce.cuh"
+#include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "store/compact.h"
 
 namespace kvc {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kUnroll = 4;
-constexpr int64_t kWholeBytes =
-    96 << 10;                    // shared memory of a block: two fit an H100's SM, one any sm_8x
-constexpr int64_t kSector = 32;  // least bytes of a slice: what one L2 access moves
-constexpr int64_t kWantedBlocks = 128;  // about one wave of an A100 or H100
+constexpr int kWords = 4;   // of a thread in a round
+constexpr int kStages = 3;  // rounds in shared memory: one being written, two being read
+constexpr int kBlocksPerSm = 2;
+static_assert(kStages * kWords <= 32, "a bit a word");
+constexpr int64_t kMostSlice =
+    1024;  // bytes: a row of a round fits the words of a block, whatever their width
+constexpr int64_t kLeastSlice = 32;  // what one L2 access moves
+constexpr int64_t kFewRows = 4096;   // largest k that needs no cluster
+static_assert(kMostSlice <= kThreads * kWords);
 
-// How one tensor is spread over blocks.
+// How the rows of one tensor are cut.
 struct Share {
-  int64_t first_block;
-  int64_t slice_bytes, slices;
-  int64_t rows;  // of a tile, all k in the first form
-  int32_t width;
+  uint32_t first_unit, slices;
+  int32_t slice_bytes, width;
 };
 
 struct Plan {
   Share shares[kMaxTensors];
-  int64_t blocks = 0;
-  int64_t shared_bytes = 0;
+  uint32_t units = 0;
+  int blocks = 1;  // a unit
 };
 
-// What a block owns.
+// What a unit works on.
 struct Piece {
   char* base;            // row 0 of its (batch row, head), at its first column
   const int32_t* index;  // of its (batch row, head)
   int64_t stride;
-  int64_t first, rows;  // destinations [first, first + rows)
-  int64_t seq_len;
+  uint32_t k;
+  int32_t seq_len;
   uint32_t words;  // a row
 
-  // Where slot first + row comes from, or -1 if it stays.
-  __device__ __forceinline__ int64_t source(uint32_t row) const {
-    const int64_t entry = index[first + row];
-    return entry > first + row && entry < seq_len ? entry : -1;
+  template <typename Word>
+  __device__ __forceinline__ Word* word(uint32_t row, uint32_t column) const {
+    return reinterpret_cast<Word*>(base + static_cast<int64_t>(row) * stride) + column;
   }
 };
 
-template <typename Word>
-__device__ __forceinline__ void read_piece(const Piece& piece, Word* staged) {
-  WordWalk walk(threadIdx.x, kThreads, piece.words);
-  while (walk.row < piece.rows) {
-    int64_t sources[kUnroll];
-    uint32_t rows[kUnroll], columns[kUnroll];
+template <int kBlocks, typename Word>
+__device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block, Word* staged) {
+  const uint32_t rows = kThreads * kWords / piece.words;  // of a block in a round
+  const uint32_t step = kBlocks * rows;
+  // the words of this thread: what a round adds to their slots is `step`
+  uint32_t slots[kWords], columns[kWords];
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      rows[j] = walk.row;
-      columns[j] = walk.column;
-      sources[j] = walk.row < piece.rows ? piece.source(walk.row) : -1;
-      walk.advance();
-    }
+  for (int j = 0; j < kWords; ++j) {
+    const uint32_t word = j * kThreads + threadIdx.x, row = word / piece.words;
+    columns[j] = word - row * piece.words;
+    slots[j] = row < rows ? block * rows + row : UINT32_MAX / 2;
+  }
+  int32_t sources[kWords];  // of the round that is read next
+  const auto look_up = [&](uint32_t first) {
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      if (sources[j] < 0) continue;
-      const Word* from = reinterpret_cast<const Word*>(piece.base + sources[j] * piece.stride);
-      copy_async(staged + rows[j] * piece.words + columns[j], from + columns[j]);
+    for (int j = 0; j < kWords; ++j) {
+      const uint32_t slot = first + slots[j];
+      sources[j] = slot < piece.k ? __ldg(piece.index + slot) : -1;
     }
+  };
+  uint32_t moving = 0;  // kWords bits a round, the newest lowest: words that move
+  const auto read = [&](uint32_t first, uint32_t stage) {
+    moving <<= kWords;
+    Word* to = staged + stage * (kThreads * kWords) + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      if (sources[j] > int64_t{first} + slots[j] && sources[j] < piece.seq_len) {
+        copy_async(to + j * kThreads, piece.word<const Word>(sources[j], columns[j]));
+        moving |= 1u << j;
+      }
+    }
+    copy_async_commit();
+  };
+  look_up(0);
+#pragma unroll
+  for (int round = 0; round < kStages - 1; ++round) {
+    read(round * step, round);
+    look_up((round + 1) * step);
   }
-  copy_async_wait();
+  // In round r: its reads have landed, those of round r + 1 are under way, round r - 1 is written,
+  // r + 2 is asked for. The reads in front of a barrier have ended, so that no write can reach
+  // them: it need not order memory, and no block waits for its own writes.
+  uint32_t stage = 0;
+  for (uint32_t first = 0; first < piece.k + step; first += step) {
+    copy_async_wait<kStages - 2>();
+    const uint32_t last_stage = stage == 0 ? kStages - 1 : stage - 1;
+    if (first > 0) {
+      cluster_wait<kBlocks>();  // all blocks have read round r - 1
+      if (first < piece.k) cluster_arrive_relaxed<kBlocks>();
+      const Word* from = staged + last_stage * (kThreads * kWords) + threadIdx.x;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        if (moving >> ((kStages - 1) * kWords + j) & 1) {
+          *piece.word<Word>(first - step + slots[j], columns[j]) = from[j * kThreads];
+        }
+      }
+    } else {
+      cluster_arrive_relaxed<kBlocks>();
+    }
+    read(first + (kStages - 1) * step,
+         last_stage);  // into the stage that this thread has just emptied
+    look_up(first + kStages * step);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
 }
 
-template <typename Word>
-__device__ __forceinline__ void write_piece(const Piece& piece, const Word* staged) {
-  WordWalk walk(threadIdx.x, kThreads, piece.words);
-  for (; walk.row < piece.rows; walk.advance()) {
-    if (piece.source(walk.row) < 0) continue;
-    Word* to = reinterpret_cast<Word*>(piece.base + (piece.first + walk.row) * piece.stride);
-    to[walk.column] = staged[walk.row * piece.words + walk.column];
-  }
-}
-
-// Entries of index[0, k) below x, for all lanes of a warp: 32 probes a round, -1 counts as
-// infinite.
-__device__ __forceinline__ int64_t lower_bound(const int32_t* index, int64_t k, int64_t x) {
-  const int lane = threadIdx.x % kWarp;
-  int64_t low = 0, left = k;  // the answer lies in [low, low + left]
-  while (left > 0) {
-    const int64_t chunk = (left + kWarp - 1) / kWarp;
-    const int64_t probe = (lane + 1) * chunk - 1;
-    const bool is_below = probe < left && static_cast<uint32_t>(index[low + probe]) < x;
-    const int64_t passed = __popc(__ballot_sync(0xffffffffu, is_below)) * chunk;
-    low += passed;
-    left = min(chunk - 1, left - passed);
-  }
-  return low;
-}
-
-template <bool kTiled>
+template <int kBlocks>
 __global__ void __launch_bounds__(kThreads)
     compact_kernel(const __grid_constant__ CompactParams p, const __grid_constant__ Plan plan) {
   extern __shared__ uint4 staged[];
-  __shared__ unsigned drawn;
-  __shared__ int64_t bounds[2];
-
-  // who am I: tiles ascend with the ticket, heads fastest
-  int64_t block = blockIdx.x;
-  if constexpr (kTiled) {
-    if (threadIdx.x == 0) {
-      drawn = atomicAdd(reinterpret_cast<unsigned*>(p.scratch + p.scratch_size - 1), 1u);
-    }
-    __syncthreads();
-    block = drawn;
-  }
+  const uint32_t block = blockIdx.x % kBlocks, unit = blockIdx.x / kBlocks;
   int tensor = 0;
-  while (tensor + 1 < p.num_tensors && block >= plan.shares[tensor + 1].first_block) ++tensor;
+  while (tensor + 1 < p.num_tensors && unit >= plan.shares[tensor + 1].first_unit) ++tensor;
   const Share& share = plan.shares[tensor];
   const Rows& rows = p.tensors[tensor];
-  const int64_t pieces = p.batch * p.heads * share.slices;  // of one tile
-  const int64_t local = block - share.first_block;
-  const int64_t tile = local / pieces, bh = local % pieces % (p.batch * p.heads);
-  const int64_t slice = local % pieces / (p.batch * p.heads);
-  const int64_t b = bh / p.heads, h = bh % p.heads;
-  const int64_t column = slice * share.slice_bytes;
+  const uint32_t own = unit - share.first_unit, bh = own / share.slices;
+  const auto heads = static_cast<uint32_t>(p.heads);
+  const uint32_t b = bh / heads, h = bh % heads;
+  const int32_t column = static_cast<int32_t>(own % share.slices) * share.slice_bytes;
+  const int32_t bytes = min(share.slice_bytes, static_cast<int32_t>(rows.bytes) - column);
   const Piece piece{
       .base = row_address(rows, b, h, 0) + column,
       .index = p.index + b * p.index_batch_stride + h * p.index_head_stride,
       .stride = rows.row_stride,
-      .first = tile * share.rows,
-      .rows = min(share.rows, p.k - tile * share.rows),
-      .seq_len = p.seq_len,
-      .words = static_cast<uint32_t>(min(share.slice_bytes, rows.bytes - column) / share.width),
+      .k = static_cast<uint32_t>(p.k),
+      .seq_len = static_cast<int32_t>(p.seq_len),
+      .words = static_cast<uint32_t>(bytes) / static_cast<uint32_t>(share.width),
   };
-
-  visit_word(share.width,
-             [&](auto word) { read_piece(piece, reinterpret_cast<decltype(word)*>(staged)); });
-  if constexpr (kTiled) {
-    const int warp = threadIdx.x / kWarp;
-    if (warp < 2) {
-      const int64_t end = warp == 0 ? piece.first : piece.first + piece.rows;
-      const int64_t bound = lower_bound(piece.index, p.k, end);
-      if (threadIdx.x % kWarp == 0) bounds[warp] = bound;
-    }
-  }
-  __syncthreads();  // all rows of this block are read
-
-  if constexpr (kTiled) {
-    // a flag a ticket, so that those of one slice lie `pieces` apart
-    int32_t* flags = p.scratch + share.first_block + local % pieces;
-    if (threadIdx.x == 0) flag_set(flags + tile * pieces);
-    const int64_t first = bounds[0] / share.rows;
-    const int64_t last = min(tile - 1, (bounds[1] - 1) / share.rows);
-    if (bounds[1] > bounds[0]) {
-      for (int64_t other = first + threadIdx.x; other <= last; other += kThreads) {
-        flag_wait(flags + other * pieces);
-      }
-    }
-    __syncthreads();  // all rows that this block overwrites are read
-  }
+  launch_wait();
+  launch_dependents();
   visit_word(share.width, [&](auto word) {
-    write_piece(piece, reinterpret_cast<const decltype(word)*>(staged));
+    compact_piece<kBlocks>(piece, block, reinterpret_cast<decltype(word)*>(staged));
   });
 }
 
-Plan plan_whole(const CompactParams& p) {
-  // the widest slices that fit, halved until the blocks fill the GPU
-  int64_t most = kSector;
-  while (most * 2 * p.k <= kWholeBytes) most *= 2;
-  const auto blocks = [&](int64_t slice) {
+// As many blocks as run at once: larger clusters first, for wide rows move at full speed, then
+// narrower slices. Where rows are few and units too, a round or two are all there is: slices of one
+// sector then cost less than the barrier of a cluster (measured in MEASURED.md).
+Plan make_plan(const CompactParams& p, const DeviceLimits& limits, int most_blocks, int64_t most) {
+  Plan plan;
+  const int64_t wanted = kBlocksPerSm * limits.multiprocessors;
+  const auto units = [&](int64_t slice) {
     int64_t sum = 0;
     for (int i = 0; i < p.num_tensors; ++i) sum += (p.tensors[i].bytes + slice - 1) / slice;
     return sum * p.batch * p.heads;
   };
-  while (most > kSector && blocks(most) < kWantedBlocks) most /= 2;
-  Plan plan;
+  if (p.k <= kFewRows && units(most) < limits.multiprocessors / 2) most_blocks = 1;
+  while (plan.blocks < most_blocks && units(most) * plan.blocks * 2 <= wanted) plan.blocks *= 2;
+  while (most > kLeastSlice && units(most / 2) * plan.blocks <= wanted) most /= 2;
   for (int i = 0; i < p.num_tensors; ++i) {
-    const int64_t slice = std::min(most, p.tensors[i].bytes);
-    const int64_t slices = (p.tensors[i].bytes + slice - 1) / slice;
-    plan.shares[i] = {
-        .first_block = plan.blocks, .slice_bytes = slice, .slices = slices, .rows = p.k};
-    plan.blocks += p.batch * p.heads * slices;
-    plan.shared_bytes = std::max(plan.shared_bytes, p.k * slice);
+    const int64_t bytes = p.tensors[i].bytes, slice = std::min(most, bytes);
+    const int64_t slices = (bytes + slice - 1) / slice;
+    plan.shares[i] = {.first_unit = plan.units,
+                      .slices = static_cast<uint32_t>(slices),
+                      .slice_bytes = static_cast<int32_t>(slice),
+                      .width = static_cast<int32_t>(access_width(p.tensors[i]))};
+    plan.units += static_cast<uint32_t>(p.batch * p.heads * slices);
   }
   return plan;
 }
 
-Plan plan_tiled(const CompactParams& p) {
-  Plan plan;
-  for (int i = 0; i < p.num_tensors; ++i) {
-    const CompactTile tile = compact_tile(p.tensors[i].bytes, p.k);
-    plan.shares[i] = {.first_block = plan.blocks,
-                      .slice_bytes = tile.slice_bytes,
-                      .slices = tile.slices,
-                      .rows = tile.rows};
-    plan.blocks += p.batch * p.heads * tile.slices * tile.tiles;
-    plan.shared_bytes = std::max(plan.shared_bytes, tile.rows * tile.slice_bytes);
+template <int kBlocks>
+void launch(const CompactParams& p, const Plan& plan, bool may_be_early, cudaStream_t stream) {
+  int width = 1;
+  for (int i = 0; i < p.num_tensors; ++i) width = std::max(width, plan.shares[i].width);
+  const size_t bytes = static_cast<size_t>(kStages * kThreads * kWords * width);
+  Launch(plan.units * kBlocks, kThreads, bytes, stream)
+      .cluster(kBlocks)
+      .early(may_be_early)("compact_", compact_kernel<kBlocks>, p, plan);
+}
+
+void run(const CompactParams& params, const Plan& plan, bool may_be_early, cudaStream_t s) {
+  switch (plan.blocks) {
+    case 8:
+      return launch<8>(params, plan, may_be_early, s);
+    case 4:
+      return launch<4>(params, plan, may_be_early, s);
+    case 2:
+      return launch<2>(params, plan, may_be_early, s);
+    default:
+      return launch<1>(params, plan, may_be_early, s);
   }
-  return plan;
 }
 
 }  // namespace
 
 void compact_cuda(const CompactParams& params, void* stream) {
-  const auto s = static_cast<cudaStream_t>(stream);
-  const bool is_tiled = params.k > kCompactWholeRows;
-  Plan plan = is_tiled ? plan_tiled(params) : plan_whole(params);
-  for (int i = 0; i < params.num_tensors; ++i) {
-    // slices begin at multiples of 32 bytes, or of kCompactMaxSlice: no narrower than the rows
-    // allow
-    plan.shares[i].width = static_cast<int32_t>(access_width(params.tensors[i]));
-  }
-  const auto kernel = is_tiled ? compact_kernel<true> : compact_kernel<false>;
-  if (is_tiled) {
-    cuda_check(cudaMemsetAsync(params.scratch, 0, params.scratch_size * sizeof(int32_t), s),
-               "compact_");
-  }
-  if (plan.shared_bytes > 48 << 10) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(plan.shared_bytes)),
-               "compact_");
-  }
-  kernel<<<static_cast<unsigned>(plan.blocks), kThreads, plan.shared_bytes, s>>>(params, plan);
-  launch_check("compact_");
+  const DeviceLimits& limits = device_limits();
+  const bool has_clusters = limits.major >= 9;
+  const int most_blocks = has_clusters ? 8 : 1;
+  const Plan plan = make_plan(params, limits, most_blocks, kMostSlice);
+  run(params, plan, has_clusters, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace kvc

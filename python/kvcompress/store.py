@@ -30,7 +30,7 @@ def compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
         ValueError, TypeError: ``compact_: argument must be ..., got ...``. Values of `index` are checked under
             `set_debug` only; entries out of range are skipped.
 
-    Scratch: none on the CPU, and none on CUDA for k up to 2048; beyond, 4 bytes for every 32 KB that move.
+    Scratch: none.
 
     Example:
         >>> keys = torch.arange(6.0).view(1, 1, 6, 1)
