@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("cosine_importance(Tensor before, Tensor after, Tensor? seq_start, bool is_update) -> Tensor");
   // select
   library.def("topk(Tensor scores, Tensor? counts, Tensor? seq_start, Tensor? seq_end, SymInt k, SymInt sink, SymInt window) -> Tensor");
+  library.def("topk_ragged(Tensor scores, Tensor counts, Tensor? seq_start, Tensor? seq_end, SymInt total, SymInt sink, SymInt window) -> (Tensor, Tensor)");
+  library.def("head_counts(Tensor scores, Tensor totals, Tensor? floors, Tensor? caps, Tensor? seq_start, Tensor? seq_end) -> Tensor");
   // store
   library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
   library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");

@@ -12,7 +12,7 @@ from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa:
 from kvcompress.evict import evict_append_, history_scores  # noqa: E402
 from kvcompress.observed import observed_decode_attention_, observed_ragged_decode_attention_  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
-from kvcompress.select import topk  # noqa: E402
+from kvcompress.select import head_counts, topk, topk_ragged  # noqa: E402
 from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
 
 __version__ = "0.1.0"
@@ -24,12 +24,14 @@ __all__ = [
     "evict_append_",
     "gather",
     "gather_ragged",
+    "head_counts",
     "history_scores",
     "observed_decode_attention_",
     "observed_ragged_decode_attention_",
     "ragged_decode_attention",
     "set_debug",
     "topk",
+    "topk_ragged",
     "window_scores",
 ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.budget import allocate
-from kvcompress.select import topk
+from kvcompress.select import head_counts
 
 __all__ = ["AdaptiveHeads", "HeadBudget", "counts_in_global_top"]
 
@@ -31,17 +31,11 @@ class HeadBudget(Protocol):
 
 
 def counts_in_global_top(scores: Tensor, totals: Sequence[int]) -> Tensor:
-    """How many of the ``totals[b]`` largest scores of row b lie in each head: ``[batch, heads]`` int64 on the device.
+    """How many of the ``totals[b]`` largest scores of row b lie in each head: ``[batch, heads]`` int32 on the device.
 
     All heads of a row compete in one list; ties go to the smaller head, then to the smaller position.
     """
-    batch, heads, seq_len = scores.shape
-    k = max(totals, default=0)
-    wanted = torch.tensor(totals, dtype=torch.int32, device=scores.device)
-    index = topk(scores.reshape(batch, 1, heads * seq_len), k, counts=wanted)[:, 0]
-    index = torch.where(index < 0, heads * seq_len, index)
-    bounds = torch.arange(heads + 1, dtype=torch.int32, device=scores.device) * seq_len
-    return torch.searchsorted(index, bounds.expand(batch, -1).contiguous()).diff(dim=-1)
+    return head_counts(scores, torch.tensor(totals, dtype=torch.int32, device=scores.device))
 
 
 @dataclass(frozen=True)
@@ -154,11 +148,7 @@ class AdaptiveHeads:
 
     def _safeguarded(self, scores: Tensor, counts: Sequence[int], known: list[list[list[int]]]) -> Tensor:
         heads = scores.shape[1]
-        safe = [min(max(1, int(count * self.floor)), scores.shape[2]) for count in counts]
-        own = topk(scores, max(safe), counts=torch.tensor(safe, dtype=torch.int32, device=scores.device))
-        where = torch.where(own < 0, scores.shape[2], own).long()  # one column more takes what is no entry
-        protected = torch.zeros((*scores.shape[:2], scores.shape[2] + 1), dtype=torch.bool, device=scores.device)
-        protected.scatter_(2, where, True)
-        raised = torch.where(protected[..., :-1], torch.inf, scores)
+        safe = [[max(1, int(count * self.floor))] * heads for count in counts]
         totals = [heads * min(count, kept[0] + max(left)) for count, (kept, left) in zip(counts, known)]
-        return counts_in_global_top(raised, totals)
+        on = {"dtype": torch.int32, "device": scores.device}
+        return head_counts(scores, torch.tensor(totals, **on), floors=torch.tensor(safe, **on))

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvcompress import _check
 
-__all__ = ["TopK", "TopKRecent", "topk", "topk_heads"]
+__all__ = ["TopK", "TopKRecent", "head_counts", "topk", "topk_heads", "topk_ragged"]
 
 _MAX_INT32 = 2**31 - 1
+_MAX_HEADS = 1024
 
 
 def topk(
@@ -56,7 +57,7 @@ def topk(
     return _check.call(torch.ops.kvcompress.topk.default, scores, counts, seq_start, seq_end, k, sink, window)
 
 
-@torch.library.register_fake("kvcompress::topk")
+@library.register_fake("kvcompress::topk")
 def _(
     scores: Tensor,
     counts: Tensor | None,
@@ -96,6 +97,150 @@ def topk_heads(scores: Tensor, counts: Sequence[Sequence[int]], *, seq_start: Te
     starts = None if seq_start is None else seq_start.repeat_interleave(heads)
     kept = topk(scores.reshape(batch * heads, 1, seq_len), max(flat, default=0), counts=per_head, seq_start=starts)
     return kept.view(batch, heads, -1)
+
+
+def topk_ragged(
+    scores: Tensor,
+    counts: Tensor,
+    *,
+    total: int,
+    sink: int = 0,
+    window: int = 0,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`topk` with a number of entries for every head, its rows packed one behind the other.
+
+    ``index[indptr[r] : indptr[r + 1]]`` are the kept positions of row ``r = b * heads + h``, ascending: the same set, ties
+    and order as `topk` with ``k = counts[b, h]``. `counts` stay on the device; only their sum must be known on the host, so
+    nothing waits.
+
+    Args:
+        scores: ``[batch, heads, seq_len]`` float32, higher = keep; any strides with a contiguous last dimension.
+        counts: ``[batch, heads]`` int32, entries kept of each head, at least 0; at most the real entries are kept.
+        total: slots of `index`, the sum of what is kept; rows that do not fit are cut short, slots too many hold -1.
+        sink, window, seq_start, seq_end: as in `topk`; a head that keeps fewer than sink + window keeps the first of them.
+
+    Returns:
+        ``[total]`` int32 and ``[batch * heads + 1]`` int32.
+
+    Raises:
+        ValueError, TypeError: ``topk_ragged: argument must be ..., got ...``.
+
+    Scratch: none.
+
+    Example:
+        >>> scores = torch.tensor([[[0.1, 0.9, 0.5], [0.7, 0.2, 0.8]]])
+        >>> kvcompress.topk_ragged(scores, torch.tensor([[1, 2]], dtype=torch.int32), total=3)
+        (tensor([1, 0, 2], dtype=torch.int32), tensor([0, 1, 3], dtype=torch.int32))
+    """
+    return _check.call(
+        torch.ops.kvcompress.topk_ragged.default, scores, counts, seq_start, seq_end, total, sink, window
+    )
+
+
+@library.register_fake("kvcompress::topk_ragged")
+def _(
+    scores: Tensor,
+    counts: Tensor,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    total: int,
+    sink: int,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    op = "topk_ragged"
+    _check.rank(op, "scores", scores, 3, "[batch, heads, seq_len]")
+    _check.dtype(op, "scores", scores, torch.float32)
+    _check.last_contiguous(op, "scores", scores)
+    batch, heads, seq_len = scores.shape
+    _check.require(seq_len <= _MAX_INT32, op, "scores", f"of at most {_MAX_INT32} entries a head", seq_len)
+    _check.rank(op, "counts", counts, 2, "[batch, heads]")
+    _check.dtype(op, "counts", counts, torch.int32)
+    _check.same_device(op, "counts", counts, scores, "scores")
+    shape = counts.shape[0] == batch and counts.shape[1] == heads
+    _check.require(shape, op, "counts", f"[{batch}, {heads}]", _check.shape_string(counts))
+    for name, vector in (("seq_start", seq_start), ("seq_end", seq_end)):
+        _check.row_vector(op, name, vector, batch, scores, "scores")
+    _check.require(total >= 0, op, "total", f"in [0, {_MAX_INT32}]", total)
+    _check.require(total <= _MAX_INT32, op, "total", f"in [0, {_MAX_INT32}]", total)
+    _check.require(sink >= 0, op, "sink", "at least 0", sink)
+    _check.require(window >= 0, op, "window", "at least 0", window)
+    return scores.new_empty((total,), dtype=torch.int32), scores.new_empty((batch * heads + 1,), dtype=torch.int32)
+
+
+def head_counts(
+    scores: Tensor,
+    totals: Tensor,
+    *,
+    floors: Tensor | None = None,
+    caps: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+) -> Tensor:
+    """How many entries each head keeps when all heads of a row compete in one list.
+
+    Of row b the ``totals[b]`` best entries are taken, whatever their head, but each head first gets its own best
+    ``floors[b, h]`` and none gets more than ``caps[b, h]``. With C_h(t) the entries of head h that rank at least t, this is
+    ``counts[b, h] = clamp(C_h(t), floors[b, h], caps[b, h])`` at the t where the counts sum to the total; entries equal to
+    t go to the smaller head, then to the smaller position. Scores rank as in `topk`. `topk_ragged` takes the counts as they
+    are: from scores to kept entries nothing waits for the device. AdaKV (arXiv 2407.11550) calls the floor its safeguard.
+
+    Args:
+        scores: ``[batch, heads, seq_len]`` float32, higher = keep; at most 1024 heads and 2^31 - 1 entries a row.
+        totals: ``[batch]`` int32, entries of all heads of a row; below the floors the floors are kept, above the caps the caps.
+        floors: ``[batch, heads]`` int32, contiguous; None: 0. Lowered to the cap.
+        caps: ``[batch, heads]`` int32, contiguous; None: none. Lowered to the real entries.
+        seq_start: ``[batch]`` int32, first real entry of each row (left padding); None: 0.
+        seq_end: ``[batch]`` int32, one behind the last real entry; None: seq_len.
+
+    Returns:
+        ``[batch, heads]`` int32.
+
+    Raises:
+        ValueError, TypeError: ``head_counts: argument must be ..., got ...``.
+
+    Scratch: none on CUDA; ``8 KiB * heads`` on the CPU.
+
+    Example:
+        >>> scores = torch.tensor([[[0.1, 0.9, 0.8], [0.7, 0.2, 0.3]]])
+        >>> kvcompress.head_counts(scores, torch.tensor([2], dtype=torch.int32))
+        tensor([[2, 0]], dtype=torch.int32)
+        >>> kvcompress.head_counts(scores, torch.tensor([2]).int(), floors=torch.tensor([[1, 1]]).int())
+        tensor([[1, 1]], dtype=torch.int32)
+    """
+    return _check.call(torch.ops.kvcompress.head_counts.default, scores, totals, floors, caps, seq_start, seq_end)
+
+
+@library.register_fake("kvcompress::head_counts")
+def _(
+    scores: Tensor,
+    totals: Tensor,
+    floors: Tensor | None,
+    caps: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+) -> Tensor:
+    op = "head_counts"
+    _check.rank(op, "scores", scores, 3, "[batch, heads, seq_len]")
+    _check.dtype(op, "scores", scores, torch.float32)
+    _check.last_contiguous(op, "scores", scores)
+    batch, heads, seq_len = scores.shape
+    _check.require(heads <= _MAX_HEADS, op, "scores", f"of at most {_MAX_HEADS} heads", heads)
+    must = f"of at most {_MAX_INT32} entries a row"
+    _check.require(heads * seq_len <= _MAX_INT32, op, "scores", must, heads * seq_len)
+    _check.row_vector(op, "totals", totals, batch, scores, "scores")
+    for name, t in (("floors", floors), ("caps", caps)):
+        if t is not None:
+            _check.rank(op, name, t, 2, "[batch, heads]")
+            _check.dtype(op, name, t, torch.int32)
+            _check.same_device(op, name, t, scores, "scores")
+            same = t.shape[0] == batch and t.shape[1] == heads
+            _check.require(same, op, name, f"[{batch}, {heads}]", _check.shape_string(t))
+            _check.require(t.is_contiguous(), op, name, "contiguous", "strides that are not")
+    for name, vector in (("seq_start", seq_start), ("seq_end", seq_end)):
+        _check.row_vector(op, name, vector, batch, scores, "scores")
+    return scores.new_empty((batch, heads), dtype=torch.int32)
 
 
 # --- select stages
