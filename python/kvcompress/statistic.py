@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kvcompress.cache import DenseStore
 from kvcompress.decode import decode_attention
+from kvcompress.evict import history_scores
 from kvcompress.layer import LayerState
+from kvcompress.observed import observed_decode_attention_
 from kvcompress.score import ReceivedAttention
 
-__all__ = ["History", "Latest", "Observed", "Rescored", "Statistic", "Sums"]
+if TYPE_CHECKING:
+    from kvcompress.fixed import FixedStore
+
+__all__ = ["FixedStatistic", "History", "Latest", "Observed", "Rescored", "Statistic", "Sums"]
 
 Scores = Callable[[Any], Tensor]  # a score stage -> its scores of the layer, computed once
 
@@ -50,6 +55,29 @@ class Statistic(Protocol):
 
     def rank(self, store: DenseStore) -> Tensor:
         """``[batch, heads, max_length]`` float32, higher = keep."""
+        ...
+
+
+@runtime_checkable
+class FixedStatistic(Protocol):
+    """A statistic that also knows a `FixedStore`, whose slots are in no order.
+
+    `shares_victims`: all heads of a layer drop the same entry.
+    """
+
+    @property
+    def shares_victims(self) -> bool: ...
+
+    def check_fixed(self) -> None:
+        """Raises ValueError for parameters that a fixed store cannot follow."""
+        ...
+
+    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+        """What `evict_append_` takes as scores and history."""
+        ...
+
+    def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
+        """Attention of the at most 8 tokens just stored, and what it says about the entries."""
         ...
 
 
@@ -182,6 +210,29 @@ class Sums:
         seen = torch.tensor(store.seen, device=sums.device)[:, None, None]
         return sums / (seen - store.positions[:, :, : store.max_length]).clamp(min=1)
 
+    shares_victims = False
+
+    def check_fixed(self) -> None:
+        if self.per_viewer:
+            raise ValueError(
+                "Sums: per_viewer must be False in a fixed store, which ranks by the sums themselves, got True"
+            )
+
+    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+        return store.beside["sums"], None
+
+    def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
+        return observed_decode_attention_(
+            query,
+            store.keys,
+            store.values,
+            lengths=store.lengths,
+            sums=store.beside["sums"],
+            softmax_scale=softmax_scale,
+            decay=self.decay,
+            group_reduce=self.group_reduce,
+        )[0]
+
     def __str__(self) -> str:
         return "attention received so far"
 
@@ -220,6 +271,28 @@ class Latest:
         latest = store.beside["latest"][:, :, : store.max_length]
         # as many query heads stand behind every stored head, so the mean of their means is the mean over all
         return latest.mean(1, keepdim=True).expand_as(latest).contiguous() if self.shared else latest
+
+    @property
+    def shares_victims(self) -> bool:
+        return self.shared
+
+    def check_fixed(self) -> None:
+        """Nothing is refused."""
+
+    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+        return store.beside["latest"], None
+
+    def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
+        return observed_decode_attention_(
+            query,
+            store.keys,
+            store.values,
+            lengths=store.lengths,
+            sums=store.beside["latest"],
+            softmax_scale=softmax_scale,
+            decay=0.0,
+            group_reduce="mean",
+        )[0]
 
     def __str__(self) -> str:
         return "attention of the newest token"
@@ -289,6 +362,28 @@ class History:
         norm = history.logsumexp(2, keepdim=True)
         share = (history - norm.masked_fill(norm.isneginf(), 0)).exp()
         return share.sum(3) if self.fuse == "sum" else share.amax(3)
+
+    shares_victims = False
+
+    def check_fixed(self) -> None:
+        """Nothing is refused."""
+
+    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+        history = store.beside["history"]
+        scores = history_scores(history, store.positions, store.lengths, store.seen, window=self.window, fuse=self.fuse)
+        return scores, history
+
+    def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
+        return observed_decode_attention_(
+            query,
+            store.keys,
+            store.values,
+            lengths=store.lengths,
+            history=store.beside["history"],
+            seen=store.seen,
+            softmax_scale=softmax_scale,
+            group_reduce="sum",
+        )[0]
 
     def __str__(self) -> str:
         return f"attention of the last {self.window} tokens"

@@ -17,6 +17,7 @@ except ImportError as error:
 
 from kvcompress.models.attach import Attachment, attach
 from kvcompress.models.cache import CompressedCache
+from kvcompress.models.fixed import FixedCache
 from kvcompress.models.stats import CacheStats, LayerStats
 
-__all__ = ["Attachment", "CacheStats", "CompressedCache", "LayerStats", "attach"]
+__all__ = ["Attachment", "CacheStats", "CompressedCache", "FixedCache", "LayerStats", "attach"]

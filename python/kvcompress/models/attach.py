@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from kvcompress.models import attention
 from kvcompress.models.cache import CompressedCache
 from kvcompress.models.lookahead import look_ahead
+
+if TYPE_CHECKING:
+    from kvcompress.models.fixed import FixedLayer
 
 __all__ = ["Attachment", "attach"]
 
@@ -92,8 +95,17 @@ class Attachment:
             return
         for module in self._modules(model):
             attention.attachments.pop(module, None)
+            module.__dict__.pop(attention.BOUND, None)
         _attached.pop(model, None)
         model.set_attn_implementation(self._previous)
+
+    def bind(self, layer_idx: int, fixed: FixedLayer) -> None:
+        """The attention of a layer goes to `fixed` whenever that waits for it."""
+        model = self._model()
+        assert model is not None
+        for module in self._modules(model):
+            if module.layer_idx == layer_idx:
+                module.__dict__[attention.BOUND] = fixed
 
     @staticmethod
     def _modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -101,6 +113,8 @@ class Attachment:
 
     def _draft(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the first token is decoded: the draft of a method that looks ahead."""
+        if torch.compiler.is_compiling():
+            return
         for name in ("past_key_values", "cache"):
             cache = kwargs.get(name)
             if isinstance(cache, CompressedCache) and cache.lookahead is not None:
@@ -120,6 +134,8 @@ class Attachment:
         factor = getattr(block, "residual_multiplier", 1.0)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return  # a decode step: nothing is measured
             cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name changed in transformers 5.24
             self._stream.open = None
             if isinstance(cache, CompressedCache) and cache.wants_residual(layer_idx):
@@ -127,6 +143,8 @@ class Attachment:
                 self._stream.open = (cache, hidden.detach())
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
             opened = getattr(self._stream, "open", None)
             if opened is None:
                 return

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from kvcompress.models.attach import Attachment
     from kvcompress.models.cache import CompressedCache
 
-__all__ = ["NAME", "attachments", "expect"]
+__all__ = ["BOUND", "NAME", "attachments", "expect"]
 
 NAME = "kvcompress"
+BOUND = "_kvcompress_fixed"  # the fixed layer of a module, as a plain attribute, which a compiler can follow
 
 attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()  # by attention module
 
@@ -62,19 +63,15 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a compressed layer; over anything else (other caches, sliding layers) what "sdpa" does."""
+    fixed = getattr(module, BOUND, None)
+    if fixed is not None and fixed.pending is not None and fixed.pending[0] is key:
+        _refuse(module, dropout, kwargs)
+        return fixed.attend(query, scaling or query.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None
     found = _expected_layer(key)
     if found is None:
         mask = _mask_4d(module, query, key, attention_mask, kwargs)
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"kvcompress: {type(module).__name__} attends with {what}, which is not supported"
-            )
-    if dropout:
-        raise NotImplementedError("kvcompress: attention dropout is not supported; call model.eval() first")
-    if kwargs.get("is_causal") is False:
-        raise NotImplementedError(f"kvcompress: {type(module).__name__} is not causal, which is not supported")
+    _refuse(module, dropout, kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             "kvcompress: attention_mask must be a 2-D padding mask [batch, tokens so far] or None, got a custom "
@@ -84,6 +81,19 @@ def attention(
     rows = None if attention_mask is None else rows_of(attention_mask, query.shape[2])
     out = cache.attend(layer_idx, query, rows, scaling or query.shape[-1] ** -0.5, attachments.get(module))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """What the stored entries cannot be attended with."""
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"kvcompress: {type(module).__name__} attends with {what}, which is not supported"
+            )
+    if dropout:
+        raise NotImplementedError("kvcompress: attention dropout is not supported; call model.eval() first")
+    if kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"kvcompress: {type(module).__name__} is not causal, which is not supported")
 
 
 def _mask_4d(
@@ -124,6 +134,8 @@ def mask(
     One causal mask cannot fit all layers: they hold different numbers of entries. Sliding windows, chunks, overlays and static
     caches get `sdpa`'s mask.
     """
+    if isinstance(q_offset, Tensor) and kv_length == q_length:
+        return None  # a fixed cache: its store bounds the attention, and no step depends on a number of the host
     plain = local_size is None and mask_function is causal_mask_function and not isinstance(q_offset, Tensor)
     if not plain or kv_offset + kv_length != q_offset + q_length:
         return sdpa_mask(

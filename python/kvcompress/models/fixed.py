@@ -1,0 +1,277 @@
+"""FixedCache: a compressed cache whose decode steps can be compiled, or captured in a CUDA graph."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from kvcompress.cache import DenseStore
+from kvcompress.fixed import FixedStore, Turnover
+from kvcompress.models.cache import CompressedCache
+from kvcompress.models.rows import Rows
+from kvcompress.models.stats import CacheStats, LayerStats
+
+if TYPE_CHECKING:
+    from kvcompress.methods import Method
+    from kvcompress.models.attach import Attachment
+
+__all__ = ["FixedCache", "FixedLayer"]
+
+
+class FixedLayer(CacheLayerMixin):
+    """One layer while decoding: the store, and the tokens that wait for their attention.
+
+    Attributes:
+        store: the entries.
+        pending: keys and values of the forward whose attention comes next.
+        cumulative_length: tokens seen, padding included, a 0-dim int64 tensor on the device.
+    """
+
+    is_sliding = False
+    is_compileable = True
+    supports_early_init = False
+
+    def __init__(self, turnover: Turnover) -> None:
+        super().__init__()
+        self.store = FixedStore(turnover)
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.cumulative_length: Tensor | None = None
+        self.inv_freq: Tensor | None = None
+
+    def load(
+        self, store: DenseStore, columns: int, inv_freq: Tensor | None, *, room: int, capacity: int | None
+    ) -> None:
+        """Takes over a compressed prompt of `columns` tokens, see `FixedStore.load`."""
+        self.store.load(store, room=room, capacity=capacity)
+        device = store.keys.device
+        if self.cumulative_length is None or self.cumulative_length.device != device:
+            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.cumulative_length.fill_(columns)
+        self.inv_freq = inv_freq
+        self.pending = None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the prompt says what there is to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Holds the new tokens until their attention."""
+        self.pending = (key_states, value_states)
+        return key_states, value_states
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """Stores the tokens that wait, evicts for them, and attends: ``[batch, num_q_heads, n, head_dim]``."""
+        assert self.pending is not None and self.cumulative_length is not None
+        (keys, values), self.pending = self.pending, None
+        out = self.store.step(query, keys, values, softmax_scale=scale, inv_freq=self.inv_freq)
+        self.cumulative_length.add_(query.shape[2])
+        return out
+
+    def get_seq_length(self) -> Tensor:  # type: ignore[override]
+        """Tokens seen, padding included, on the device: a compiled step must not know the number."""
+        assert self.cumulative_length is not None
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only the new tokens: what is stored is bounded by the store's own lengths, not by a mask."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Nothing: `FixedCache.reset` goes back to a new prompt; the buffers stay."""
+
+
+class FixedCache(CompressedCache):
+    """A `CompressedCache` that decodes over buffers of fixed room.
+
+    The prompt is read and cut as there. Then every layer moves into a `FixedStore`: a token takes a free slot, or, where the
+    method evicts while decoding, that of the entry that matters least; counters live on the device, and each step is the
+    same launches of the same shapes. So the decode step of an unmodified model compiles with ``fullgraph=True`` and can be
+    captured in a CUDA graph, once for all prompts: the buffers keep their addresses over `reset()`, as long as batch and
+    capacity stay the same. `generate()` compiles by itself on CUDA, as for any compileable cache.
+
+    Tokens behind the prompt must all be real (no padding), and are taken 8 at a time; where entries are overwritten, a
+    token of a forward of several already displaces older ones before the next eight attend.
+
+    Args:
+        config: the model's configuration; all its layers attend in full.
+        method: cuts once, or evicts one entry a token (`morphkv`, `h2o`, `tova` with ``decode=True``, `streaming_llm`,
+            `sliding_window`). None keeps every entry.
+        room: tokens that may come behind the prompt where nothing is evicted.
+        capacity: slots of a layer, the same for every prompt; None: as many as the prompt at hand needs. With a budget in
+            entries that is the same for all.
+        chunked_prefill: the prompt comes in several forwards and ends with `finish_prompt()`.
+
+    Raises:
+        ValueError: a method whose evictions are no single overwritten slots (see `kvcompress.fixed.Turnover`).
+        NotImplementedError: a model with other than full-attention layers.
+
+    Example:
+        >>> cache = FixedCache(model.config, methods.create("morphkv", budget=1024))
+        >>> with attach(model):
+        ...     logits = model(prompt, past_key_values=cache).logits
+        ...     step = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+        ...     step(token, position_ids=position, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        method: Method | None = None,
+        *,
+        room: int = 256,
+        capacity: int | None = None,
+        chunked_prefill: bool = False,
+    ) -> None:
+        turnover = Turnover() if method is None else Turnover.of(method.stages())
+        self.room, self.capacity = room, capacity
+        self._fixed: list[FixedLayer] | None = None  # while decoding
+        self._turnover = turnover
+        super().__init__(config, method, chunked_prefill=chunked_prefill, reserve=8)
+        if self._others:
+            raise NotImplementedError(
+                f"FixedCache: all layers must attend in full, got {', '.join(sorted({type(x).__name__ for x in self.layers}))}; "
+                "use CompressedCache"
+            )
+        if self.lookahead is not None:
+            raise NotImplementedError(f"FixedCache: {method} drafts before it cuts, which needs CompressedCache")
+        self._prompt_layers = list(self._compressed)
+        self._decode_layers = [FixedLayer(turnover) for _ in self._compressed]
+        self._attachment: weakref.ref[Attachment] | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether decode steps may be compiled."""
+        return not any(layer.record_past for layer in self._compressed)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the prompt is over and lies in the fixed buffers."""
+        return self._fixed is not None
+
+    def reset(self) -> None:
+        """The next forward is a new prompt. Buffers and their addresses stay."""
+        self._fixed = None
+        self.layers = list(self._prompt_layers)
+        super().reset()
+
+    # --- the prompt
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._fixed is not None:
+            return self._fixed[layer_idx].update(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        rows: Rows | None,
+        scale: float,
+        attachment: Attachment | None,
+        attended: Tensor | None = None,
+    ) -> Tensor:
+        if attachment is None:
+            raise RuntimeError("FixedCache: run the model inside `with kvcompress.models.attach(model):`")
+        self._attachment = weakref.ref(attachment)
+        out = super().attend(layer_idx, query, rows, scale, attachment, attended)
+        if layer_idx == len(self.layers) - 1:
+            self._fix()
+        return out
+
+    def observe(self, layer_idx: int, before: Tensor, update: Tensor) -> None:
+        super().observe(layer_idx, before, update)
+        if layer_idx == len(self.layers) - 1:
+            self._fix()
+
+    def finish_prompt(self) -> None:
+        super().finish_prompt()
+        self._fix()
+
+    def _fix(self) -> None:
+        """Moves the cut prompt into the fixed buffers, once all layers are cut for good."""
+        waits = self._pipeline is not None and self._pipeline.is_waiting
+        keeps_all = self._pipeline is None and not self.chunked_prefill and not self._compressed[0].record_past
+        cut = keeps_all or all(layer.is_cut for layer in self._compressed)
+        attachment = None if self._attachment is None else self._attachment()
+        if self._fixed is not None or waits or not cut or attachment is None:
+            return
+        for prompt, layer in zip(self._prompt_layers, self._decode_layers):
+            assert isinstance(prompt.store, DenseStore)
+            layer.load(prompt.store, prompt.columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
+            prompt.prompt_over = True
+            prompt.store = None  # its buffers are free from here on
+            attachment.bind(prompt.layer_idx, layer)
+        self._fixed = self._decode_layers
+        self.layers = list(self._decode_layers)
+
+    # --- drafts and the batch
+
+    def activate_past_recording(self) -> None:
+        """Drafts may follow: the cut waits for the first `crop`."""
+        if self._turnover.evicts:
+            raise NotImplementedError(
+                "FixedCache: this method evicts entries while decoding, so rejected drafts cannot be taken back; generate without "
+                "an assistant, or use a method that cuts once"
+            )
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last ``-tokens_to_remove`` tokens; in assisted decoding, the first time also ends the prompt."""
+        if self._fixed is None:
+            super().crop(tokens_to_remove)
+            return
+        for layer in self._fixed:
+            layer.store.crop(-int(tokens_to_remove))
+            assert layer.cumulative_length is not None
+            layer.cumulative_length.add_(int(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows that beam search goes on with, in place."""
+        if self._fixed is None:
+            super().reorder_cache(beam_idx)
+            return
+        for layer in self._fixed:
+            layer.store.select_rows(beam_idx)
+
+    # --- what it holds
+
+    def check_room(self) -> None:
+        """Raises RuntimeError where more tokens came than a cache that evicts nothing has room for; waits for the device."""
+        for layer in self._fixed or []:
+            layer.store.check_room()
+
+    def stats(self) -> CacheStats:
+        """As `CompressedCache.stats`; while decoding it waits for the device."""
+        if self._fixed is None:
+            return super().stats()
+        layers = []
+        for prompt, layer in zip(self._prompt_layers, self._fixed):
+            store = layer.store
+            seen, entries = store.seen[:, 0].tolist(), store.lengths[:, 0].tolist()
+            assert store.keys is not None
+            heads = [[n] * store.keys.shape[1] for n in entries]
+            layers.append(LayerStats(prompt.layer_idx, seen, entries, heads, store.nbytes, self._scorer(prompt)))
+        name = "full cache" if self.method is None else str(self.method)
+        return CacheStats(name, int(self._fixed[0].get_seq_length()), sum(layer.nbytes for layer in layers), layers)
+
+    def positions(self, layer: int) -> Tensor:
+        """Original positions of a layer's entries, ascending, ``[batch, heads, capacity]`` int32, -1 behind a row's last one."""
+        return super().positions(layer) if self._fixed is None else self._fixed[layer].store.ordered_positions()
+
+    def save(self, path: Any) -> None:
+        """Not while decoding."""
+        if self._fixed is not None:
+            raise NotImplementedError("FixedCache.save: the prompt must not be over; use CompressedCache to save what was decoded")
+        super().save(path)

@@ -1,0 +1,173 @@
+"""FixedCache: the tokens of CompressedCache, from buffers that stay, in steps that compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcompress.methods import create
+from kvcompress.models import FixedCache, attach
+from tests.models.common import cache_of, generate, padded, prompt
+
+BUDGET = 30
+SNAPKV = create("snapkv", budget=BUDGET, window=8, kernel_size=3)
+METHODS = {
+    "full": None,
+    "snapkv": SNAPKV,
+    "h2o": create("h2o", budget=BUDGET, decode=True),
+    "tova": create("tova", budget=BUDGET, decode=True),
+    "morphkv": create("morphkv", budget=BUDGET, window=8),
+    "streaming_llm": create("streaming_llm", budget=BUDGET),
+    "sliding_window": create("sliding_window", budget=BUDGET),
+    "squeeze": create("squeeze_attention", budget=BUDGET, inner=SNAPKV, p=0.5),
+    "snapkv_morphkv": create(
+        "prefill_decode", budget=BUDGET, prefill=SNAPKV, decode=create("morphkv", budget=BUDGET, window=8)
+    ),
+}
+
+
+def eager(model):
+    """`generate()` compiles compileable caches on CUDA by itself; these tests say where."""
+    return {"disable_compile": True} if model.device.type == "cuda" else {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_tokens_as_the_growing_cache(dense, name):
+    method = METHODS[name]
+    rows = [prompt(dense, n, seed=n) for n in (90, 61, 40)]
+    ids, mask = padded(rows)
+    fixed = FixedCache(dense.config, method, room=64)
+    tokens, logits = generate(dense, fixed, ids, 40, attention_mask=mask, **eager(dense))
+    expected, wanted = generate(dense, cache_of(dense, method), ids, 40, attention_mask=mask)
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(logits, wanted, atol=2e-3)
+    fixed.check_room()
+    assert fixed.stats().logical_tokens == 90 + 39
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "morphkv"])
+def test_a_second_prompt_uses_the_same_buffers(llama, name):
+    cache = FixedCache(llama.config, METHODS[name], room=32)
+    first, _ = generate(llama, cache, prompt(llama, 90), **eager(llama))
+    before = [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
+    nbytes = cache.stats().nbytes
+    cache.reset()
+    generate(llama, cache, prompt(llama, 123, seed=4), **eager(llama))
+    assert before == [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
+    assert nbytes == cache.stats().nbytes
+    cache.reset()
+    again, _ = generate(llama, cache, prompt(llama, 90), **eager(llama))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "morphkv"])
+def test_beams(llama, name):
+    ids = prompt(llama)
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    tokens, _ = generate(llama, FixedCache(llama.config, METHODS[name], room=32), ids, **beams, **eager(llama))
+    expected, _ = generate(llama, cache_of(llama, METHODS[name]), ids, **beams)
+    assert torch.equal(tokens, expected)
+
+
+def test_drafts(llama):
+    """Prompt lookup gives the same tokens where a method can take drafts back, and is refused where it cannot."""
+    ids = prompt(llama)
+    drafted, _ = generate(
+        llama, FixedCache(llama.config, SNAPKV, room=64), ids, 20, prompt_lookup_num_tokens=4, **eager(llama)
+    )
+    expected, _ = generate(llama, cache_of(llama, SNAPKV), ids, 20, prompt_lookup_num_tokens=4)
+    assert torch.equal(drafted, expected)
+    with attach(llama), pytest.raises(NotImplementedError, match="evicts entries while decoding"):
+        llama.generate(
+            ids, past_key_values=FixedCache(llama.config, METHODS["h2o"]), prompt_lookup_num_tokens=4, max_new_tokens=4
+        )
+
+
+def greedy(model, cache, step, ids, new):
+    """Prompt eagerly, then `new` tokens through `step`."""
+    with torch.no_grad():
+        logits = [model(ids, past_key_values=cache).logits[:, -1]]
+        for i in range(new):
+            token = logits[-1].argmax(-1, keepdim=True)
+            position = torch.full_like(token, ids.shape[1] + i)
+            logits.append(step(input_ids=token, position_ids=position, past_key_values=cache).logits[:, -1].clone())
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv", "streaming_llm"])
+def test_a_step_compiles_once_for_all_prompts(llama, name):
+    """``fullgraph=True``: one graph for prompts of four lengths; the answers are those of the eager step."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(llama.forward, fullgraph=True, backend=backend)
+    cache = FixedCache(llama.config, METHODS[name], room=32)
+    with attach(llama):
+        for length in (90, 61, 123, 40):
+            ids = prompt(llama, length, seed=length)
+            cache.reset()
+            compiled = greedy(llama, cache, step, ids, 12)
+            cache.reset()
+            assert torch.equal(compiled, greedy(llama, cache, llama, ids, 12))
+    assert len(graphs) <= 2
+
+
+def test_what_it_cannot_do_is_refused(model):
+    if model.config.model_type.startswith("gemma"):
+        with pytest.raises(NotImplementedError, match="all layers must attend in full"):
+            FixedCache(model.config, SNAPKV)
+        return
+    with pytest.raises(ValueError, match="one entry a token"):
+        FixedCache(model.config, create("tova", budget=BUDGET, decode=True, every=2))
+    with pytest.raises(NotImplementedError, match="drafts before it cuts"):
+        FixedCache(model.config, create("laq", budget=64))
+    cache = FixedCache(model.config, SNAPKV, room=3)
+    generate(model, cache, prompt(model), 8, **eager(model))
+    with pytest.raises(RuntimeError, match="got 4 tokens too many"):
+        cache.check_room()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv", "streaming_llm"])
+def test_a_captured_step_gives_the_same_to_the_bit(llama, name):
+    """One CUDA graph serves two prompts of different lengths, to the bit as launched one by one; two runs are equal as well."""
+    if llama.device.type != "cuda":
+        pytest.skip("CUDA graphs are captured on a GPU")
+    cache = FixedCache(llama.config, METHODS[name], room=32)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=llama.device)
+    position = torch.zeros_like(token)
+
+    def launch():
+        return llama(input_ids=token, position_ids=position, past_key_values=cache).logits
+
+    def run(ids, step):
+        cache.reset()
+        logits = [llama(ids, past_key_values=cache).logits[:, -1]]
+        for i in range(12):
+            token.copy_(logits[-1].argmax(-1, keepdim=True))
+            position.fill_(ids.shape[1] + i)
+            logits.append(step()[:, -1].clone())
+        return torch.stack(logits, 1)
+
+    with attach(llama), torch.no_grad():
+        prompts = [prompt(llama, 90), prompt(llama, 123, seed=2)]
+        eager_logits = [run(ids, launch) for ids in prompts]
+        assert all(torch.equal(a, run(ids, launch)) for a, ids in zip(eager_logits, prompts))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = launch()
+
+        def replay():
+            graph.replay()
+            return held
+
+        for a, ids in zip(eager_logits, prompts):
+            assert torch.equal(a, run(ids, replay))
