@@ -174,6 +174,8 @@ def test_resumed_is_one_go(random_model):
     rest = list(evaluate(*random_model, samples, candidates, done={r.key for r in half}))
     assert len(half) + len(rest) == len(whole)
     timeless = {"prefill_s": None, "compress_s": None, "decode_s": None}
-    assert {replace(r, **timeless, kl=round(r.kl, 3)) for r in half + rest} == {
-        replace(r, **timeless, kl=round(r.kl, 3)) for r in whole
-    }
+
+    def plain(r):  # other batches may round differently
+        return replace(r, **timeless, kl=round(r.kl, 3), nll=round(r.nll, 2))
+
+    assert set(map(plain, half + rest)) == set(map(plain, whole))
