@@ -18,6 +18,7 @@ from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method
 from kvcompress.models import Attachment, CompressedCache
 from kvcompress.models.layer import CompressedLayer
+from kvcompress.models.lookahead import look_ahead
 from kvcompress.models.rows import Rows
 from kvcompress.pipeline import Pipeline, Stages
 from kvcompress.when import EveryStep, Prefill
@@ -38,9 +39,17 @@ def replayable(method: Method, config: Any) -> bool:
 def compress_directly(model: Any, ids: Sequence[int], method: Method | None, *, reserve: int = 0) -> CompressedCache:
     """The cache of a prompt, by the model itself: what a user's own loop does."""
     cache = CompressedCache(model.config, method, reserve=reserve)
-    model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    given = torch.tensor([list(ids)], device=model.device)
+    logits = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    if cache.lookahead is not None:
+        _look_ahead(model, cache, logits[:, -1:].argmax(-1))
     cache.finish_prompt()
     return cache
+
+
+def _look_ahead(model: Any, cache: CompressedCache, token: Tensor) -> None:
+    """The draft of a method that looks ahead, as greedy decoding from the prompt's own logits would begin it."""
+    look_ahead(model, cache, {"input_ids": token, "past_key_values": cache, "use_cache": True}, "past_key_values")
 
 
 class _Recorder(CompressedCache):
@@ -92,7 +101,8 @@ class Reading:
         wanted = min(ALL_QUERIES, max([queries, *(pipeline.queries for pipeline in pipelines)]))
         residual = any(pipeline.wants_residual for pipeline in pipelines)
         self._cache = _Recorder(model.config, wanted, residual)
-        self._scores: dict[Any, Tensor] = {}
+        self._scores: dict[Any, Any] = {}  # what is computed once for all budgets
+        self._next = torch.zeros(1, 1, dtype=torch.long)
         self.tokens: list[int] = []
         self.read(ids)
 
@@ -101,16 +111,19 @@ class Reading:
         self._scores.clear()
         self.tokens.extend(ids)
         tokens = torch.tensor([list(ids)], device=self.model.device)
-        return self.model(tokens, past_key_values=self._cache, use_cache=True).logits[0]
+        logits: Tensor = self.model(tokens, past_key_values=self._cache, use_cache=True).logits[0]
+        self._next = logits[None, -1:].argmax(-1)
+        return logits
 
     def mark(self) -> Any:
         """Where the prompt is, for `rewind`."""
         held = {i: t for i, t in self._cache.queries.items()}
-        return len(self.tokens), held, {i: list(pairs) for i, pairs in self._cache.streams.items()}, dict(self._scores)
+        streams = {i: list(pairs) for i, pairs in self._cache.streams.items()}
+        return len(self.tokens), held, streams, dict(self._scores), self._next
 
     def rewind(self, mark: Any) -> None:
         """Forgets what was read since `mark`."""
-        tokens, queries, streams, scores = mark
+        tokens, queries, streams, scores, self._next = mark
         self._cache.crop(tokens - len(self.tokens))
         del self.tokens[tokens:]
         self._cache.queries = dict(queries)
@@ -150,33 +163,45 @@ class Reading:
             if cache.wants_residual(layer_idx):
                 pairs = self._cache.streams[layer_idx]
                 cache.observe(layer_idx, torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1))
+        if cache.lookahead is not None:
+            self._draft(cache, {} if fresh else self._scores)
         cache.finish_prompt()
         return cache
+
+    def _draft(self, cache: CompressedCache, held: dict[Any, Any]) -> None:
+        """The draft of a method that looks ahead; budgets that draft alike share it."""
+        key = cache.lookahead
+        if key not in held:
+            _look_ahead(self.model, cache, self._next)
+            layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+            held[key] = [layer.lookahead for layer in layers]
+        queries = {i: t for i, (t, _) in enumerate(held[key]) if t is not None}
+        cache.take_lookahead(queries, held[key][0][1])
 
 
 class _SharedScores:
     """A method whose scores are computed once a prompt, however many budgets ask for them."""
 
-    def __init__(self, method: Method, held: dict[Any, Tensor]) -> None:
+    def __init__(self, method: Method, held: dict[Any, Any]) -> None:
         self._method, self._held = method, held
 
     def stages(self) -> Stages:
         stages = self._method.stages()
-        return replace(stages, score=_Shared(stages.score, self._held))
+        return replace(stages, score=_Shared(stages.score, stages.lookahead, self._held))
 
     def __str__(self) -> str:
         return str(self._method)
 
 
 class _Shared:
-    def __init__(self, score: Any, held: dict[Any, Tensor]) -> None:
-        self._score, self._held = score, held
+    def __init__(self, score: Any, lookahead: Any, held: dict[Any, Any]) -> None:
+        self._score, self._lookahead, self._held = score, lookahead, held
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._score, name)
 
     def __call__(self, layer: LayerState) -> Tensor:
-        key = (self._score, layer.index)
+        key = (self._score, self._lookahead, layer.index)
         if key not in self._held:
             self._held[key] = self._score(layer)
         return self._held[key]
