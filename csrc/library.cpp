@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   // score
   library.def("window_scores(Tensor q, Tensor k, Tensor? lse, Tensor? weights, Tensor? seq_start, SymInt first_query, SymInt num_scored, SymInt kernel_size, int window_reduce, int group_reduce, int pool, float softmax_scale, bool pool_first) -> Tensor");
   library.def("history_scores(Tensor history, Tensor positions, Tensor lengths, Tensor seen, SymInt window, int fuse) -> Tensor");
+  library.def("column_sums(Tensor q, Tensor k, Tensor? lse, Tensor? query_weights, Tensor? query_positions, Tensor? seq_start, Tensor? v, Tensor? output, SymInt first_query, int statistic, int group_reduce, float softmax_scale) -> Tensor");
   // budget
   library.def("cosine_importance(Tensor before, Tensor after, Tensor? seq_start, bool is_update) -> Tensor");
   // select

@@ -1,7 +1,6 @@
 // window_scores, with and without the prefill's log-sum-exp.
 #include "score/window_scores.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "machine.h"
@@ -16,7 +15,7 @@ Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t
   const int64_t rows = batch * kQueryHeads * window;
   for (int64_t copy = 0; copy < copies; ++copy) {
     const auto bfloat16 = [&](int64_t) { return random.bfloat16(); };
-    WindowScoresParams p{
+    WindowScoresParams p{AttentionRows{
         .q = machine.make<uint16_t>(rows * kHeadDim, bfloat16),
         .k = machine.make<uint16_t>(batch * kHeads * length * kHeadDim, bfloat16),
         .lse = with_lse ? machine.make<float>(rows, [](int64_t) { return 10.0f; }) : nullptr,
@@ -27,8 +26,6 @@ Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t
         .seq_len = length,
         .head_dim = kHeadDim,
         .first_query = length - window,
-        .num_scored = length - window,
-        .kernel_size = 5,
         .q_batch_stride = kQueryHeads * window * kHeadDim,
         .q_head_stride = window * kHeadDim,
         .q_row_stride = kHeadDim,
@@ -38,15 +35,15 @@ Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t
         .lse_batch_stride = kQueryHeads * window,
         .lse_head_stride = window,
         .scale_log2 = static_cast<float>(kLog2e / std::sqrt(static_cast<double>(kHeadDim))),
-        .window_reduce = WindowReduce::kSum,
-        .group_reduce = GroupReduce::kMean,
-        .pool = Pool::kAvg,
-        .pool_first = false,
         .dtype = DType::kBFloat16,
-    };
-    const int64_t row_tiles = (p.q_per_kv() * window + kRowTile - 1) / kRowTile;
-    const int64_t wanted = with_lse ? 1 : kMaxRowItems / (row_tiles * batch * kHeads);
-    p.max_chunks = std::clamp<int64_t>(wanted, 1, (length + kMinChunk - 1) / kMinChunk);
+    }};
+    p.num_scored = length - window;
+    p.kernel_size = 5;
+    p.window_reduce = WindowReduce::kSum;
+    p.group_reduce = GroupReduce::kMean;
+    p.pool = Pool::kAvg;
+    p.pool_first = false;
+    p.max_chunks = p.chunks_wanted();
     p.row_stats = machine.room<float>(p.max_chunks * rows * 2);
     p.votes = machine.room<float>(batch * p.vote_heads() * length);
     p.out = machine.room<float>(batch * p.out_heads() * length);

@@ -50,6 +50,7 @@ void check_index_values(const char* op, const char* argument, const Tensor& t,
       .high = rule.high,
       .ascending = rule.ascending,
       .distinct = rule.distinct,
+      .sorted = rule.sorted,
       .scratch = static_cast<IndexOffence*>(scratch.mutable_data_ptr()),
       .found = &found,
   };

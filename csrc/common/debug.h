@@ -14,6 +14,7 @@ struct IndexRule {
   int64_t low, high;  // every entry lies in [low, high)
   bool ascending = false;
   bool distinct = false;
+  bool sorted = false;
 };
 
 // Fails with "op: argument must be <must>, got <value> at [b, h, i]" for the first entry of an

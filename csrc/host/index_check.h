@@ -17,6 +17,7 @@ struct IndexCheckParams {
   int64_t low, high;                  // every entry lies in [low, high)
   bool ascending;                     // each row strictly ascends, then holds -1 alone
   bool distinct;                      // no row holds an entry twice, but for -1
+  bool sorted;                        // no entry is below the one before it
   IndexOffence* scratch;              // on the device of `data`; the CPU twin uses none
   IndexOffence* found;                // on the host
 };
@@ -25,6 +26,7 @@ struct IndexCheckParams {
 constexpr bool is_offence(const IndexCheckParams& p, const int32_t* row, int64_t i) {
   const int64_t value = row[i];
   if (value < p.low || value >= p.high) return true;
+  if (p.sorted && i > 0 && row[i - 1] > value) return true;
   if (value < 0) return false;
   if (p.ascending && i > 0 && (row[i - 1] < 0 || row[i - 1] >= value)) return true;
   if (p.distinct) {

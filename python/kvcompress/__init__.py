@@ -8,6 +8,7 @@ _library.load()
 
 from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
+from kvcompress.columns import column_sums  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
 from kvcompress.evict import evict_append_, history_scores  # noqa: E402
 from kvcompress.observed import observed_decode_attention_, observed_ragged_decode_attention_  # noqa: E402
@@ -18,6 +19,7 @@ from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E
 __version__ = "0.1.0"
 __all__ = [
     "append_",
+    "column_sums",
     "compact_",
     "cosine_importance",
     "decode_attention",

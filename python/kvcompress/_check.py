@@ -87,3 +87,51 @@ def row_vector(op: str, argument: str, t: Tensor | None, batch: int, anchor: Ten
     dtype(op, argument, t, torch.int32)
     same_device(op, argument, t, anchor, anchor_name)
     last_contiguous(op, argument, t)
+
+
+def code(op: str, argument: str, codes: dict[str, int], name: str) -> int:
+    """The code of a name that a Python function takes; ValueError where there is none."""
+    if name not in codes:
+        *most, last = (f'"{known}"' for known in codes)
+        raise ValueError(f"{op}: {argument} must be {', '.join(most)} or {last}, got {name!r}")
+    return codes[name]
+
+
+def companion(op: str, argument: str, t: Tensor | None, layout: str, shape: tuple[int, ...], q: Tensor) -> None:
+    """The whole check of an optional float32 companion of q or k."""
+    if t is None:
+        return
+    ok = t.dim() == len(shape) and all(size == wanted for size, wanted in zip(t.shape, shape))
+    must = f"{layout} [{', '.join(str(size) for size in shape)}]"
+    require(ok, op, argument, must, f"{t.dim()}D {shape_string(t)}")
+    dtype(op, argument, t, torch.float32)
+    same_device(op, argument, t, q, "q")
+    last_contiguous(op, argument, t)
+
+
+def attention_rows(
+    op: str, q: Tensor, k: Tensor, lse: Tensor | None, seq_start: Tensor | None, first_query: int, softmax_scale: float
+) -> None:
+    """The checks of csrc/score/attention_rows_check.cpp: queries, keys and what goes with them."""
+    rank(op, "q", q, 4, "[batch, num_q_heads, window, head_dim]")
+    rank(op, "k", k, 4, "[batch, num_kv_heads, seq_len, head_dim]")
+    float_dtype(op, "q", q)
+    same_dtype(op, "k", k, q, "q")
+    same_device(op, "k", k, q, "q")
+    batch, num_q_heads, window, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    require(k.shape[0] == batch, op, "k", f"of the batch of q ({batch})", k.shape[0])
+    require(k.shape[3] == head_dim, op, "k", f"of the head_dim of q ({head_dim})", k.shape[3])
+    ok = 8 <= head_dim <= 256 and head_dim % 8 == 0
+    require(ok, op, "head_dim", "a multiple of 8 from 8 to 256", head_dim)
+    require(num_kv_heads >= 1, op, "num_kv_heads", "at least 1", num_kv_heads)
+    ok = num_q_heads >= 1 and num_q_heads % num_kv_heads == 0
+    require(ok, op, "num_q_heads", f"a multiple of num_kv_heads ({num_kv_heads})", num_q_heads)
+    require(window >= 1, op, "window", "at least 1", window)
+    last_contiguous(op, "q", q)
+    last_contiguous(op, "k", k)
+    companion(op, "lse", lse, "[batch, num_q_heads, window]", (batch, num_q_heads, window), q)
+    row_vector(op, "seq_start", seq_start, batch, q, "q")
+    require(first_query >= 0, op, "first_query", "at least 0", first_query)
+    ok = 0 < softmax_scale < float("inf")
+    require(ok, op, "softmax_scale", "finite and above 0", f"{softmax_scale:f}")

@@ -11,25 +11,17 @@ import torch
 from torch import Tensor
 
 from kvcompress import _check
+from kvcompress.columns import GROUP_REDUCE, GroupReduce, column_sums
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.rotary import rerotate
 
 __all__ = ["ReceivedAttention", "Recency", "WindowAttention", "window_scores"]
 
 WindowReduce = Literal["sum", "mean", "max"]
-GroupReduce = Literal["none", "mean", "max", "sum"]
 Pool = Literal["none", "avg", "max"]
 
 _WINDOW_REDUCE = {"sum": 0, "mean": 1, "max": 2}
-_GROUP_REDUCE = {"none": 0, "mean": 1, "max": 2, "sum": 3}
 _POOL = {"none": 0, "avg": 1, "max": 2}
-
-
-def _code(op: str, argument: str, codes: dict[str, int], name: str) -> int:
-    if name not in codes:
-        *most, last = (f'"{known}"' for known in codes)
-        raise ValueError(f"{op}: {argument} must be {', '.join(most)} or {last}, got {name!r}")
-    return codes[name]
 
 
 def window_scores(
@@ -53,8 +45,8 @@ def window_scores(
     ``P[b, h, i, j] = softmax over visible j of softmax_scale * <q[b, h, i], k[b, h // q_per_kv, j]>``, then
     ``vote[b, h, j] = window_reduce over i of P[b, h, i, j]``, times ``weights[b, h // q_per_kv, j]`` if given; the votes
     of the query heads of a kv head are reduced and pooled along j, in this order unless ``pool_first``. All float32;
-    the map P is never written, so any window is cheap in memory: the last 32 queries (SnapKV), one (TOVA), or all,
-    with ``first_query=0, num_scored=seq_len`` (column sums: H2O).
+    the map P is never written, so any window is cheap in memory: the last 32 queries (SnapKV), one (TOVA). For many queries, other statistics or
+    queries at scattered positions see `column_sums`.
 
     Query row i sits at position ``first_query + i`` and sees the keys ``[seq_start[b], min(first_query + i, seq_len -
     1)]``. Rows before ``seq_start[b]`` are padding and do not count; the mean divides by the rows that are real, at
@@ -115,9 +107,9 @@ def window_scores(
         first_query,
         num_scored,
         kernel_size,
-        _code(op, "window_reduce", _WINDOW_REDUCE, window_reduce),
-        _code(op, "group_reduce", _GROUP_REDUCE, group_reduce),
-        _code(op, "pool", _POOL, pool),
+        _check.code(op, "window_reduce", _WINDOW_REDUCE, window_reduce),
+        _check.code(op, "group_reduce", GROUP_REDUCE, group_reduce),
+        _check.code(op, "pool", _POOL, pool),
         softmax_scale,
         pool_first,
     )
@@ -140,48 +132,17 @@ def _(
     pool_first: bool,
 ) -> Tensor:
     op = "window_scores"
-    _check.rank(op, "q", q, 4, "[batch, num_q_heads, window, head_dim]")
-    _check.rank(op, "k", k, 4, "[batch, num_kv_heads, seq_len, head_dim]")
-    _check.float_dtype(op, "q", q)
-    _check.same_dtype(op, "k", k, q, "q")
-    _check.same_device(op, "k", k, q, "q")
-    batch, num_q_heads, window, head_dim = q.shape
-    _, num_kv_heads, seq_len, _ = k.shape
-    _check.require(k.shape[0] == batch, op, "k", f"of the batch of q ({batch})", k.shape[0])
-    _check.require(k.shape[3] == head_dim, op, "k", f"of the head_dim of q ({head_dim})", k.shape[3])
-    ok = 8 <= head_dim <= 256 and head_dim % 8 == 0
-    _check.require(ok, op, "head_dim", "a multiple of 8 from 8 to 256", head_dim)
-    _check.require(num_kv_heads >= 1, op, "num_kv_heads", "at least 1", num_kv_heads)
-    ok = num_q_heads >= 1 and num_q_heads % num_kv_heads == 0
-    _check.require(ok, op, "num_q_heads", f"a multiple of num_kv_heads ({num_kv_heads})", num_q_heads)
-    _check.require(window >= 1, op, "window", "at least 1", window)
-    _check.last_contiguous(op, "q", q)
-    _check.last_contiguous(op, "k", k)
-    _companion(op, "lse", lse, "[batch, num_q_heads, window]", (batch, num_q_heads, window), q)
-    _companion(op, "weights", weights, "[batch, num_kv_heads, seq_len]", (batch, num_kv_heads, seq_len), q)
-    _check.row_vector(op, "seq_start", seq_start, batch, q, "q")
-    _check.require(first_query >= 0, op, "first_query", "at least 0", first_query)
+    _check.attention_rows(op, q, k, lse, seq_start, first_query, softmax_scale)
+    batch, num_q_heads = q.shape[:2]
+    num_kv_heads, seq_len = k.shape[1:3]
+    _check.companion(op, "weights", weights, "[batch, num_kv_heads, seq_len]", (batch, num_kv_heads, seq_len), q)
     _check.require(0 <= num_scored <= seq_len, op, "num_scored", f"from 0 to seq_len ({seq_len})", num_scored)
     _check.require(kernel_size >= 1 and kernel_size % 2 == 1, op, "kernel_size", "odd and at least 1", kernel_size)
     _check.require(0 <= window_reduce < 3, op, "window_reduce", "0 (sum), 1 (mean) or 2 (max)", window_reduce)
     _check.require(0 <= group_reduce < 4, op, "group_reduce", "0 (none), 1 (mean), 2 (max) or 3 (sum)", group_reduce)
     _check.require(0 <= pool < 3, op, "pool", "0 (none), 1 (avg) or 2 (max)", pool)
-    ok = 0 < softmax_scale < float("inf")
-    _check.require(ok, op, "softmax_scale", "finite and above 0", f"{softmax_scale:f}")
     heads = num_q_heads if group_reduce == 0 else num_kv_heads
     return q.new_empty((batch, heads, seq_len), dtype=torch.float32)
-
-
-def _companion(op: str, argument: str, t: Tensor | None, layout: str, shape: tuple[int, ...], q: Tensor) -> None:
-    """The whole check of an optional float32 companion of q or k."""
-    if t is None:
-        return
-    ok = t.dim() == len(shape) and all(size == wanted for size, wanted in zip(t.shape, shape))
-    must = f"{layout} [{', '.join(str(size) for size in shape)}]"
-    _check.require(ok, op, argument, must, f"{t.dim()}D {_check.shape_string(t)}")
-    _check.dtype(op, argument, t, torch.float32)
-    _check.same_device(op, argument, t, q, "q")
-    _check.last_contiguous(op, argument, t)
 
 
 # --- what scores of keys and values share
@@ -226,6 +187,49 @@ def row_by_row(score: S) -> S:
         return out
 
     return cast(S, padded)
+
+
+_ROWS, _COLUMNS = 64, 2048  # queries and entries whose logits are held at a time
+
+
+def attention_output(layer: LayerState, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last prompt queries got from attention: the output before its projection, and the log-sum-exp of the logits.
+
+    Torch's matrix products over blocks of ``64 x 2048`` logits a head, in float32, with a running softmax; K and V are widened
+    one such block at a time.
+
+    Args:
+        queries: ``[batch, num_q_heads, n, head_dim]``, the last n of the prompt.
+
+    Returns:
+        Output like `queries` and rounded to their dtype, as the model's own attention returns it, 0 in the padding; and
+        ``[batch, num_q_heads, n]`` float32, +inf there.
+    """
+    heads, seq_len = layer.keys.shape[1:3]
+    n, column = queries.shape[2], torch.arange(layer.seq_len, device=layer.device)
+    output, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
+    for first in range(0, n, _ROWS):
+        rows = queries[:, :, first : first + _ROWS].unflatten(1, (heads, -1)).float() * layer.softmax_scale
+        position = seq_len - n + first + torch.arange(rows.shape[3], device=layer.device)
+        top = rows.new_full(rows.shape[:-1], -torch.inf)
+        total, summed = torch.zeros_like(top), torch.zeros_like(rows)
+        for start in range(0, seq_len - n + first + rows.shape[3], _COLUMNS):
+            span = slice(start, start + _COLUMNS)
+            hidden = column[span] > position[:, None]
+            if layer.seq_start is not None:
+                hidden = hidden | (column[span] < layer.seq_start[:, None, None, None, None])
+            logits = rows @ layer.keys[:, :, span].float()[:, :, None].mT
+            logits = logits.masked_fill_(hidden, -torch.inf)
+            new_top = torch.maximum(top, logits.amax(-1))
+            base = new_top.masked_fill(new_top.isneginf(), 0)  # a row that sees nothing yet
+            weights, decay = logits.sub_(base[..., None]).exp_(), (top - base).exp()
+            total = total * decay + weights.sum(-1)
+            summed = summed * decay[..., None] + weights @ layer.values[:, :, span].float()[:, :, None]
+            top = new_top
+        block = slice(first, first + _ROWS)
+        output[:, :, block] = (summed / total.clamp(min=1e-30)[..., None]).flatten(1, 2)
+        lse[:, :, block] = (top + total.log()).masked_fill(total == 0, torch.inf).flatten(1, 2)
+    return output, lse
 
 
 def frequencies(layer: LayerState) -> Tensor:
@@ -350,20 +354,16 @@ class ReceivedAttention:
         return self.queries != ALL_QUERIES and not self.per_viewer
 
     def __call__(self, layer: LayerState) -> Tensor:
-        queries, seq_len = layer.window(self.queries), layer.seq_len
-        window = queries.shape[2]
-        scores = window_scores(
+        queries = layer.window(self.queries)
+        scores = column_sums(
             queries,
             layer.keys,
-            lse=None if layer.lse is None else layer.lse[:, :, -window:],
-            seq_start=layer.seq_start,
-            first_query=seq_len - window,
-            num_scored=seq_len,
+            statistic="mean" if self.per_viewer else "sum",
             group_reduce=self.group_reduce,
+            lse=None if layer.lse is None else layer.lse[:, :, -queries.shape[2] :],
+            seq_start=layer.seq_start,
             softmax_scale=layer.softmax_scale,
         )
-        if self.per_viewer:
-            scores = scores / torch.arange(seq_len, 0, -1, device=scores.device).clamp(max=window)
         # as many query heads stand behind every kv head, so the mean of their means is the mean over all
         return scores.mean(1, keepdim=True).expand_as(scores) if self.shared else scores
 

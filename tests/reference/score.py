@@ -8,13 +8,16 @@ from torch import Tensor
 INF = float("inf")
 
 
-def _visible(q: Tensor, k: Tensor, seq_start: Tensor | None, first_query: int) -> tuple[Tensor, Tensor]:
+def _visible(
+    q: Tensor, k: Tensor, seq_start: Tensor | None, first_query: int, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(visible [batch, 1, window, seq_len], real [batch, window]), both bool."""
-    position = first_query + torch.arange(q.shape[2], device=q.device)
+    position = (first_query + torch.arange(q.shape[2], device=q.device)).expand(q.shape[0], -1)
+    position = position if positions is None else positions
     column = torch.arange(k.shape[2], device=q.device)
     start = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device) if seq_start is None else seq_start
-    real = position[None, :] >= start[:, None]
-    visible = (column <= position[:, None])[None] & (column >= start[:, None])[:, None] & real[..., None]
+    real = position >= start[:, None]
+    visible = (column <= position[..., None]) & (column >= start[:, None])[:, None] & real[..., None]
     return visible[:, None], real
 
 
@@ -30,10 +33,11 @@ def log_sum_exp(
     seq_start: Tensor | None = None,
     first_query: int | None = None,
     softmax_scale: float | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """[batch, num_q_heads, window] float32, as the prefill's attention would hand it over."""
     first_query = k.shape[2] - q.shape[2] if first_query is None else first_query
-    visible, _ = _visible(q, k, seq_start, first_query)
+    visible, _ = _visible(q, k, seq_start, first_query, positions)
     return logits(q, k, softmax_scale, torch.float64).masked_fill(~visible, -INF).logsumexp(-1).float()
 
 
@@ -119,3 +123,59 @@ def history_scores(
     logits = history.to(dtype).masked_fill(~candidates, -INF)
     shares = logits.softmax(2).where(logits.amax(2, keepdim=True) > -INF, 0).masked_fill(~candidates, 0)
     return shares.sum(3) if fuse == "sum" else shares.amax(3)
+
+
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    *,
+    statistic: str = "sum",
+    group_reduce: str = "mean",
+    lse: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    v: Tensor | None = None,
+    output: Tensor | None = None,
+    first_query: int | None = None,
+    softmax_scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """As kvcompress.column_sums."""
+    per_kv = q.shape[1] // k.shape[1]
+    first_query = k.shape[2] - q.shape[2] if first_query is None and query_positions is None else first_query or 0
+    visible, _ = _visible(q, k, seq_start, first_query, query_positions)
+    s = logits(q, k, softmax_scale, dtype)
+    x = s.masked_fill(~visible, -INF)
+    p = x.softmax(-1) if lse is None else (x - lse[..., None].to(dtype)).exp()
+    p = p.masked_fill(~visible, 0)  # softmax of a row that sees nothing is NaN
+    if query_weights is not None:
+        p = p * query_weights[..., None].to(dtype)
+    seen = visible.sum(2)
+    if statistic in ("key_change", "joint_change", "cross_change"):
+        values, o = v.to(dtype).repeat_interleave(per_kv, 1), output.to(dtype)
+        along, o_square = o @ values.mT, o.square().sum(-1, keepdim=True)  # [batch, num_q_heads, window, seq_len or 1]
+        v_square = values.square().sum(-1)[:, :, None]
+        key = (p * s).square() * (v_square + o_square - 2 * along)
+        cross = 2 * p.square() * s * (v_square - along)
+        joint = p.square() * v_square + key + cross
+        terms = {"key_change": key, "cross_change": cross, "joint_change": joint}[statistic]
+        sums = terms.masked_fill(~visible, 0).sum(2)
+    else:
+        sums = {
+            "sum": lambda: p.sum(2),
+            "mean": lambda: p.sum(2) / seen.clamp_min(1),
+            "sum_squares": lambda: p.square().sum(2),
+            "max": lambda: p.masked_fill(~visible, -INF).amax(2).clamp_min(0),
+        }[statistic]()
+    grouped = sums.unflatten(1, (k.shape[1], per_kv))
+    out = {
+        "none": lambda: sums,
+        "mean": lambda: grouped.mean(2),
+        "max": lambda: grouped.amax(2),
+        "sum": lambda: grouped.sum(2),
+    }[group_reduce]()
+    if seq_start is None:
+        return out
+    padding = torch.arange(k.shape[2], device=k.device) < seq_start[:, None]
+    return out.masked_fill(padding[:, None], -INF)
