@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvcompress import _check
 
@@ -112,7 +112,7 @@ def column_sums(
     )
 
 
-@torch.library.register_fake("kvcompress::column_sums")
+@library.register_fake("kvcompress::column_sums")
 def _(
     q: Tensor,
     k: Tensor,

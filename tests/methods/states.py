@@ -83,13 +83,16 @@ def assert_padded_rows_equal_those_rows_alone(method: Method, layer: LayerState)
 
 
 def assert_scores(
-    score: Callable[[LayerState], Tensor], reference: Callable[[LayerState], Tensor], layer: LayerState
+    score: Callable[[LayerState], Tensor],
+    reference: Callable[..., Tensor],
+    layer: LayerState,
+    given: Callable[[int], dict[str, Tensor]] = lambda row: {},
 ) -> None:
     """Scores against ``reference`` of each row alone, in float64: twice the error of plain float32, and the rounding of a dot.
 
     A running dot product is rounded once a step, by up to eps / 2 of what it holds: as a random walk about
     ``eps / 2 * sum |q_d k_d|``; a logit and the log-sum-exp bring one each to the exponent. `reference` takes an unpadded
-    layer and computes in its dtype. Entries at +inf must be the same ones, padding is -inf, two runs agree to the bit.
+    layer, and what is `given` for its row of the batch, and computes in the layer's dtype. Entries at +inf must be the same ones, padding is -inf, two runs agree to the bit.
     """
     scores = score(layer)
     assert scores.dtype == torch.float32
@@ -99,7 +102,9 @@ def assert_scores(
         assert torch.isneginf(scores[row, :, :start]).all()
         ours = scores[row, :, start:].double()
         single = alone(layer, row)
-        exact, plain = (reference(widened(single, dtype))[0].double() for dtype in (torch.float64, torch.float32))
+        exact, plain = (
+            reference(widened(single, dtype), **given(row))[0].double() for dtype in (torch.float64, torch.float32)
+        )
         finite = exact.isfinite()
         assert torch.equal(ours.isfinite(), finite)
         assert torch.equal(ours[~finite], exact[~finite])

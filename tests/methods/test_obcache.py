@@ -7,10 +7,14 @@ import torch
 from torch.func import jvp
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from kvcompress.methods import create, obcache
+import kvcompress.score
+from kvcompress.layer import ALL_QUERIES
+from kvcompress.methods import create
+from kvcompress.score import attention_output
 from tests.methods.states import (
     DTYPES,
     LENGTHS,
+    alone,
     assert_padded_rows_equal_those_rows_alone,
     assert_scores,
     attention,
@@ -24,15 +28,16 @@ KINDS = ["value", "key", "joint"]
 
 
 def formula(kind, window=8, recent=8, pool="none", group=True):
-    """The page's formulas on the full map, in the layer's dtype."""
+    """The page's formulas on the full map, in the layer's dtype; with the output as attention rounded it, if given."""
 
-    def score(layer):
+    def score(layer, output=None):
         rows = min(window or layer.seq_len, layer.seq_len)
         repeats = layer.queries.shape[1] // layer.keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, 1) for t in (layer.keys, layer.values))
         weights = attention(layer, rows)
         logits = layer.queries[:, :, -rows:] @ keys.mT * layer.softmax_scale
-        output, square = weights @ values, values.square().sum(-1)[:, :, None]
+        output = weights @ values if output is None else output[:, :, -rows:].to(values.dtype)
+        square = values.square().sum(-1)[:, :, None]
         along = output @ values.mT
         value = weights.square() * square
         key = (weights * logits).square() * (square + output.square().sum(-1, keepdim=True) - 2 * along)
@@ -52,14 +57,15 @@ def formula(kind, window=8, recent=8, pool="none", group=True):
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_squared_change_of_the_output(kind):
     """Against derivatives: keys and values of one entry shrink, the outputs of the observing queries move."""
-    layer = widened(prompt([14], num_q_heads=2, num_kv_heads=1, head_dim=8), torch.float64)
+    given = prompt([14], num_q_heads=2, num_kv_heads=1, head_dim=8)
+    layer = widened(given, torch.float64)
     position = torch.arange(14)
 
     def output(keys, values):
         logits = layer.queries[:, :, -4:] @ keys.mT * layer.softmax_scale
         return logits.masked_fill(position > position[-4:, None], -torch.inf).softmax(-1) @ values
 
-    scores = create("obcache", budget=8, kind=kind, window=4).stages().score(layer)
+    scores = create("obcache", budget=8, kind=kind, window=4).stages().score(given)
     for j in range(14):
         only = (position == j)[:, None]
         shrink = (layer.keys * only * (kind != "value"), layer.values * only * (kind != "key"))
@@ -73,7 +79,30 @@ def test_scores(kind, dtype, device):
     layer = prompt(LENGTHS, dtype=dtype, device=device)
     for window in (8, None):
         score = create("obcache", budget=20, kind=kind, window=window, recent=8).stages().score
-        assert_scores(score, formula(kind, window), layer)
+        output, _ = attention_output(layer, layer.window(window or ALL_QUERIES))
+        assert_scores(score, formula(kind, window), layer, lambda row, o=output: {"output": o[row : row + 1]})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 8, 90])
+def test_attention_output(window, dtype, device):
+    """Against float64: half an ulp of the dtype beside float32's own error; the log-sum-exp likewise."""
+    layer = prompt(LENGTHS, dtype=dtype, device=device)
+    output, lse = attention_output(layer, layer.queries[:, :, -window:])
+    assert output.dtype == dtype
+    for row, length in enumerate(layer.lengths):
+        single = widened(alone(layer, row), torch.float64)
+        rows = min(window, length)
+        keys, values = (t.repeat_interleave(2, 1) for t in (single.keys, single.values))
+        exact = attention(single, rows) @ values
+        error = (output[row, :, -rows:].double() - exact[0]).abs()
+        assert (error <= exact[0].abs() * torch.finfo(dtype).eps / 2 + 1e-5 * values.abs().max()).all()
+        position = torch.arange(length, device=device)
+        logits = single.queries[:, :, -rows:] @ keys.mT * single.softmax_scale
+        total = logits.masked_fill(position > position[-rows:, None], -torch.inf).logsumexp(-1)
+        assert torch.allclose(lse[row, :, -rows:].double(), total[0], rtol=1e-5, atol=1e-5)
+        assert torch.isposinf(lse[row, :, : window - rows]).all()
+        assert (output[row, :, : window - rows] == 0).all()
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
@@ -88,8 +117,8 @@ def test_blocks_change_nothing(kind, device, monkeypatch):
     layer = prompt([90, 41], device=device)
     score = create("obcache", budget=20, kind=kind, window=None, recent=8).stages().score
     whole = score(layer)
-    monkeypatch.setattr(obcache, "_ROWS", 7)
-    monkeypatch.setattr(obcache, "_COLUMNS", 16)
+    monkeypatch.setattr(kvcompress.score, "_ROWS", 7)
+    monkeypatch.setattr(kvcompress.score, "_COLUMNS", 16)
     assert torch.allclose(score(layer), whole, rtol=1e-4, atol=1e-5 * whole[0].max().item())
 
 

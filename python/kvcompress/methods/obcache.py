@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from kvcompress import budget, select
+from kvcompress import budget, score, select
 from kvcompress.cache import DenseStore
+from kvcompress.columns import Statistic, column_sums
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
@@ -19,9 +20,6 @@ from kvcompress.statistic import Observed, Scores, attend_and_observe, by_kv_hea
 from kvcompress.when import EveryStep
 
 Kind = Literal["value", "key", "joint"]
-
-_ROWS = 64  # queries at a time
-_COLUMNS = 2048  # entries at a time
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,9 @@ class OutputPerturbation:
     - key: ``sum over q of (A s)^2 * |v_j - O_q|^2``;
     - joint: both, and the cross term ``sum over q of 2 A^2 s <v_j, v_j - O_q>``.
 
-    The query heads of a kv head are summed, as the change of the output is. Float32 throughout; K and V are read in blocks,
-    so that beside the scores only ``O(64 * 2048)`` numbers a head are held.
+    The query heads of a kv head are summed, as the change of the output is. The sums over the queries are `column_sums`, in
+    float32: one pass over K and V for the joint form with its defaults, one a term for the others. O is made once more from the
+    prompt, see `score.attention_output`. Nothing of the size of the map is held.
 
     Attributes:
         kind: "value", "key" or "joint".
@@ -80,15 +79,7 @@ class OutputPerturbation:
         return self.p == 2  # norms, not signed sums
 
     def __call__(self, layer: LayerState) -> Tensor:
-        batch, heads, seq_len, _ = layer.keys.shape
-        queries = layer.window(self.queries)
-        window, per_kv = queries.shape[2], queries.shape[1] // heads
-        queries = queries.unflatten(1, (heads, per_kv))
-        scores = torch.zeros(batch, heads, per_kv, seq_len, dtype=torch.float32, device=layer.device)
-        for start in range(0, window, _ROWS):
-            rows = queries[:, :, :, start : start + _ROWS].float() * layer.softmax_scale
-            self._add(scores, rows, seq_len - window + start, layer)
-        scores = scores.flatten(1, 2) if self.group_reduce == "none" else scores.sum(2)
+        scores = self._change(layer)
         padding = self._padding(layer)
         if self.pool != "none":
             cut = torch.arange(layer.seq_len, device=layer.device) < layer.seq_len - self.recent
@@ -96,27 +87,41 @@ class OutputPerturbation:
             scores = self.pooled(scores, pooled.expand_as(scores))
         return scores if padding is None else scores.masked_fill(padding, -torch.inf)
 
-    def _add(self, scores: Tensor, rows: Tensor, first: int, layer: LayerState) -> None:
-        """Adds what the queries `rows`, scaled, ``[batch, heads, per_kv, n, head_dim]`` from position `first` on, see."""
-        need_output = self.kind != "value"
-        shape = rows.shape[:-1]
-        top = rows.new_full(shape, -torch.inf)
-        total, output = rows.new_zeros(shape), torch.zeros_like(rows)
-        for _, logits, hidden, values in _blocks(rows, first, layer):
-            masked = logits.masked_fill(hidden, -torch.inf)
-            new_top = torch.maximum(top, masked.amax(-1))
-            base = new_top.masked_fill(new_top.isneginf(), 0)  # a row that sees nothing yet
-            weights, decay = (masked - base[..., None]).exp(), (top - base).exp()
-            total = total * decay + weights.sum(-1)
-            if need_output:
-                output = output * decay[..., None] + weights @ values[:, :, None]
-            top = new_top
-        output = output / total.clamp(min=1e-30)[..., None]
-        norm = (top + total.log()).masked_fill(total == 0, torch.inf)  # queries in the padding weigh nothing
+    def _change(self, layer: LayerState) -> Tensor:
+        """The score before its pool, ``[batch, heads, seq_len]``; anything in the padding."""
+        queries = layer.window(self.queries)
+        lse, output = None if layer.lse is None else layer.lse[:, :, -queries.shape[2] :], None
+        if self.kind != "value":
+            output, lse = score.attention_output(layer, queries)
 
-        for span, logits, hidden, values in _blocks(rows, first, layer):
-            weights = (logits - norm[..., None]).exp().masked_fill(hidden, 0)
-            scores[..., span] += self.of_step(logits, weights, output, values).sum(-2)
+        def columns(statistic: Statistic) -> Tensor:
+            return column_sums(
+                queries,
+                layer.keys,
+                statistic=statistic,
+                group_reduce=self.group_reduce,
+                lse=lse,
+                seq_start=layer.seq_start,
+                v=layer.values if statistic.endswith("_change") else None,
+                output=output if statistic.endswith("_change") else None,
+                softmax_scale=layer.softmax_scale,
+            )
+
+        def value() -> Tensor:
+            attention = columns("sum" if self.p == 1 else "sum_squares")
+            if not self.value_norm:
+                return attention
+            size = score.by_chunks(lambda part: part.abs().pow(self.p).sum(-1), layer.values)
+            return attention * size.repeat_interleave(attention.shape[1] // size.shape[1], 1)
+
+        if self.kind == "value":
+            return value()
+        if self.kind == "key":
+            return columns("key_change")
+        if self.p == 2 and self.value_norm and self.cross:
+            return columns("joint_change")
+        apart = value() + columns("key_change")
+        return apart + columns("cross_change") if self.cross else apart
 
     def _padding(self, layer: LayerState) -> Tensor | None:
         if layer.seq_start is None:
@@ -154,20 +159,6 @@ class OutputPerturbation:
     def __str__(self) -> str:
         who = "all prompt tokens" if self.queries == ALL_QUERIES else f"the last {self.queries} prompt tokens"
         return f"change of the output of {who} without the entry's {'key and value' if self.kind == 'joint' else self.kind}"
-
-
-def _blocks(rows: Tensor, first: int, layer: LayerState) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Blocks of the entries that queries from position `first` on can see: their span, logits (unmasked: a finite logit
-    keeps ``0 * s`` at 0), what is hidden, and the values."""
-    position = torch.arange(first, first + rows.shape[-2], device=rows.device)
-    for start in range(0, first + rows.shape[-2], _COLUMNS):
-        span = slice(start, min(start + _COLUMNS, first + rows.shape[-2]))
-        column = torch.arange(span.start, span.stop, device=rows.device)
-        hidden = column > position[:, None]
-        if layer.seq_start is not None:
-            hidden = hidden | (column < layer.seq_start[:, None, None, None, None])
-        logits = rows @ layer.keys[:, :, span].float()[:, :, None].mT
-        yield span, logits, hidden, layer.values[:, :, span].float()
 
 
 @dataclass(frozen=True)
@@ -231,8 +222,8 @@ class OBCache(Method):
 
     Departures from DreamSoul-AI/OBCache, as vendored in ohaoz/obvggt-experiment@77fd8ff:
         - one set a kv head, from the sum over its query heads; ``group_reduce="none"`` is official.
-        - float32 throughout (official: attention rounded to the model's dtype before it is squared; in float16 a masked
-          logit can make it NaN).
+        - float32 but for O, which is in the model's dtype as attention returns it (official: attention too is rounded before
+          it is squared; in float16 a masked logit can make it NaN).
         - with ``p=1`` the key's terms keep the 2-norm of v, as the formula has it (official: the 1-norm).
         - by default this is the cut at the end of the prefill, the official scripts' setting, and decoding appends.
           ``decode=True`` goes on as the official class does: a token's own terms are added, then one more entry leaves.
@@ -276,7 +267,7 @@ class OBCache(Method):
         keep = select.TopK(sink=self.sink, window=recent)
         if isinstance(self.budget, int) and self.budget <= keep.forced:
             raise ValueError(f"obcache: budget must be more than the {keep.forced} forced entries, got {self.budget}")
-        score = OutputPerturbation(
+        change = OutputPerturbation(
             kind=self.kind,
             queries=ALL_QUERIES if self.window is None else self.window,
             recent=recent,
@@ -287,7 +278,7 @@ class OBCache(Method):
             kernel_size=self.kernel_size,
             group_reduce=self.group_reduce,
         )
-        stages = Stages(score=score, budget=budget.Uniform(self.budget), select=keep)
+        stages = Stages(score=change, budget=budget.Uniform(self.budget), select=keep)
         if not self.decode:
             return stages
-        return replace(stages, when=EveryStep(every=self.every), decode=PerturbationSums(score, self.latest_only))
+        return replace(stages, when=EveryStep(every=self.every), decode=PerturbationSums(change, self.latest_only))
