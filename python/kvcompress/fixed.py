@@ -154,7 +154,7 @@ class FixedStore:
             self.sink_keys.copy_(self.keys[:, :, : rule.rotates])
 
     def _allocate(self, store: DenseStore, shape: tuple[int, int, int, int], units: int) -> None:
-        batch, heads, capacity, _ = shape
+        batch, _, capacity, _ = shape
         old = self.keys
         if old is not None and (old.shape, old.dtype, old.device) == (shape, store.keys.dtype, store.keys.device):
             return
@@ -234,7 +234,8 @@ class FixedStore:
         """The sinks, which slots 0, 1, ... hold, move up by what was evicted behind them."""
         if inv_freq is None:
             raise ValueError("FixedStore: inv_freq must be given for in-cache positions, got None")
-        assert self.keys is not None and self.sink_keys is not None
+        assert self.keys is not None
+        assert self.sink_keys is not None
         gap = (self.seen - self.lengths)[:, :, None]
         self.keys[:, :, : self.turnover.rotates] = rerotate(self.sink_keys, gap, inv_freq)
 
