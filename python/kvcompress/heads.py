@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,22 +9,25 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kvcompress.budget import allocate
 from kvcompress.select import head_counts
 
 __all__ = ["AdaptiveHeads", "HeadBudget", "counts_in_global_top"]
 
 
 class HeadBudget(Protocol):
-    """Scores and mean entries a head -> entries of each head, ``[batch][heads]`` on the host, which sum to heads * mean.
+    """Scores and mean entries a head -> entries of each head, ``[batch, heads]`` int32 on the device.
 
-    `scores` ``[batch, heads, seq_len]`` hold +inf where an entry is kept in any case, -inf or NaN where there is none. This waits
-    for the device. `layer` is which of the compressed layers, from 0.
+    `scores` ``[batch, heads, seq_len]`` hold +inf where an entry is kept in any case, -inf or NaN where there is none. `layer` is
+    which of the compressed layers, from 0. `is_exact`: a row's entries sum to heads * mean, so that the host knows the sum
+    and nothing waits for the device.
     """
 
-    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> list[list[int]]: ...
+    @property
+    def is_exact(self) -> bool: ...
 
-    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> list[list[int]]:
+    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> Tensor: ...
+
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> Tensor:
         """What no head gets more of at these counts or smaller ones: the first cut, where the layer's budget is not final."""
         ...
 
@@ -79,13 +81,17 @@ class AdaptiveHeads:
                 'AdaptiveHeads: normalise must be off for rounding "safeguard", which compares plain scores'
             )
 
+    @property
+    def is_exact(self) -> bool:
+        return self.rounding != "official"
+
     def __call__(
         self, scores: Tensor, counts: Sequence[int], *, layer: int = 0, weighed_at: Sequence[int] | None = None
-    ) -> list[list[int]]:
+    ) -> Tensor:
         """Entries of each head. `weighed_at` are other counts at which `normalise` takes its weights (LAVa's frozen order)."""
         return self._split(scores, counts, layer, bound=False, weighed_at=weighed_at)
 
-    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> Tensor:
         """Shares rounded up, and at least what a head wins: both only fall with the counts, so later winners are all kept.
 
         With `normalise` the competition itself changes with the counts; a head then keeps to what it has.
@@ -100,55 +106,59 @@ class AdaptiveHeads:
         *,
         bound: bool,
         weighed_at: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        heads = scores.shape[1]
-        forced = scores == torch.inf
-        free = scores > -torch.inf  # neither padding nor NaN
-        candidates = torch.where(free & ~forced, scores, -torch.inf)
-        # forced and free entries of each head: the first of two waits for the device
-        known = torch.stack([forced.sum(-1), (free & ~forced).sum(-1)], 1).tolist()
+    ) -> Tensor:
+        is_forced = scores == torch.inf
+        forced = is_forced.sum(-1)
+        free = (scores > -torch.inf).sum(-1) - forced  # neither padding nor NaN
 
-        def base_of(counts: Sequence[int]) -> list[int]:  # every head has as many forced entries as its row
-            return [max(0, min(n - kept[0], max(left))) for n, (kept, left) in zip(counts, known)]
+        def base_of(counts: Sequence[int]) -> Tensor:  # every head has as many forced entries as its row
+            wanted = torch.tensor(counts, device=scores.device) - forced[:, 0]
+            return wanted.clamp_min(0).minimum(free.amax(-1))[:, None]
 
         base = base_of(counts)
         if layer < self.skip:
-            return [[k + min(b, most) for k, most in zip(*row)] for b, row in zip(base, known)]
+            return (forced + base.minimum(free)).int()
+        totals = [scores.shape[1] * n for n in counts]
         if self.rounding == "safeguard":
-            return self._safeguarded(scores, counts, known).tolist()
+            own = torch.tensor([max(1, int(n * self.floor)) for n in counts], dtype=torch.int32, device=scores.device)
+            floors = own[:, None].expand(-1, scores.shape[1]).contiguous()
+            wanted = torch.tensor(totals, dtype=torch.int32, device=scores.device)
+            return head_counts(scores, wanted, floors=floors, caps=(forced + free).int())
         if self.normalise:
-            candidates = self._normalised(candidates, base_of(weighed_at or counts))
-        won = counts_in_global_top(candidates, [heads * b for b in base]).tolist()
-        out = []
-        for b, wins, (kept, left) in zip(base, won, known):
-            if self.rounding == "official":
-                shares = self._official(wins, b)
-            else:
-                weights = [n * (1 - self.floor) + b * self.floor for n in wins]
-                shares = [math.ceil(w) for w in weights] if bound else allocate(heads * b, weights, cap=left)
-            if bound:
-                shares = [max(share, n) for share, n in zip(shares, wins)]
-            out.append([k + min(share, most) for k, share, most in zip(kept, shares, left)])
-        return out
+            weighed = self._normalised(torch.where(is_forced, -torch.inf, scores), base_of(weighed_at or counts))
+            scores = torch.where(is_forced, torch.inf, weighed)
+        won = (counts_in_global_top(scores, totals) - forced).clamp_min(0).minimum(free)
+        if self.rounding == "official":
+            shares = self._official(won, base)
+        else:
+            wanted = won.double() * (1 - self.floor) + base.double() * self.floor
+            shares = wanted.ceil().long() if bound else _whole(wanted, scores.shape[1] * base)
+        if bound:
+            shares = shares.maximum(won)
+        return (forced + shares.minimum(free)).int()
 
-    def _official(self, won: Sequence[int], base: int) -> list[int]:
+    def _official(self, won: Tensor, base: Tensor) -> Tensor:
         """Shares in the official float32 arithmetic, each rounded by itself, halves to even."""
-        equal = int(base * self.floor) if self.equal_share is None else self.equal_share
-        return torch.round(torch.tensor(won) * (1 - self.floor) + equal).int().tolist()
+        equal = (base.double() * self.floor).floor() if self.equal_share is None else self.equal_share
+        return torch.round(won.float() * (1 - self.floor) + equal).long()
 
-    def _normalised(self, candidates: Tensor, base: Sequence[int]) -> Tensor:
+    def _normalised(self, candidates: Tensor, base: Tensor) -> Tensor:
         """Each head times (sum of its own top base) / (sum of all)."""
         finite = torch.where(candidates > -torch.inf, candidates, 0)
         ordered = finite.sort(-1, descending=True).values
         rank = torch.arange(finite.shape[-1], device=finite.device)
-        limit = torch.tensor(base, device=finite.device)[:, None, None]
-        top = torch.where(rank < limit, ordered, 0).sum(-1)
+        top = torch.where(rank < base[..., None], ordered, 0).sum(-1)
         ratio = top / finite.sum(-1)
         return torch.where(candidates > -torch.inf, candidates * ratio[..., None], -torch.inf)
 
-    def _safeguarded(self, scores: Tensor, counts: Sequence[int], known: list[list[list[int]]]) -> Tensor:
-        heads = scores.shape[1]
-        safe = [[max(1, int(count * self.floor))] * heads for count in counts]
-        totals = [heads * min(count, kept[0] + max(left)) for count, (kept, left) in zip(counts, known)]
-        on = {"dtype": torch.int32, "device": scores.device}
-        return head_counts(scores, torch.tensor(totals, **on), floors=torch.tensor(safe, **on))
+
+def _whole(wanted: Tensor, totals: Tensor) -> Tensor:
+    """Shares ``[batch, heads]`` float64 as integers that sum to `totals`: largest remainders, ties to the smaller head.
+
+    `allocate` on the device, for shares that no floor or cap binds.
+    """
+    whole = (wanted + 1e-9).floor()
+    order = (wanted - whole).sort(dim=-1, descending=True, stable=True).indices
+    missing = totals - whole.long().sum(-1, keepdim=True)
+    extra = (torch.arange(wanted.shape[1], device=wanted.device) < missing).long()
+    return whole.long() + torch.zeros_like(extra).scatter_(1, order, extra)

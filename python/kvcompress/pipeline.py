@@ -312,9 +312,11 @@ class Pipeline:
                 )
         elif self.stages.is_ragged:
             ranked = _Ranked(layer.index, list(layer.lengths), layer.seq_start, scores())
-            raised, per_head = self._split(ranked, targets, final=final)
-            index = topk_heads(raised, per_head, seq_start=layer.seq_start)
-            store = RaggedStore.gathered(layer.keys, layer.values, index, per_head, layer.lengths, reserve=self.reserve)
+            raised, per_head, total = self._split(ranked, targets, final=final)
+            index = topk_heads(raised, per_head, most=total, seq_start=layer.seq_start)
+            store = RaggedStore.gathered(
+                layer.keys, layer.values, index, per_head, layer.lengths, total=total, reserve=self.reserve
+            )
         else:
             keeps_scores = not final and not self.stages.score.by_position
             store = DenseStore.gathered(
@@ -326,20 +328,27 @@ class Pipeline:
                 scores=scores() if keeps_scores else None,
                 reserve=self.reserve,
             )
-        store.targets = [
-            max(_mean(row), n) if self.stages.is_ragged else _mean(row) for row, n in zip(targets, store.lengths)
-        ]
+        store.targets = self._targets(targets, store)
         return store
 
-    def _split(self, ranked: _Ranked, targets: Targets, *, final: bool) -> tuple[Tensor, list[list[int]]]:
-        """Scores in which forced entries are +inf, and the entries of each head."""
+    def _targets(self, targets: Targets, store: Store) -> list[int]:
+        """What a store may hold a head; heads that are rounded one by one may pass the budget by a few."""
+        rows = [_mean(row) for row in targets]
+        is_exact = self.stages.heads is None or self.stages.heads.is_exact
+        return rows if is_exact and not self._unsettled else [max(n, held) for n, held in zip(rows, store.lengths)]
+
+    def _split(self, ranked: _Ranked, targets: Targets, *, final: bool) -> tuple[Tensor, Tensor, int]:
+        """Scores in which forced entries are +inf, the entries of each head on the device, and all of them on the host."""
         assert ranked.scores is not None
         counts = [min(_mean(row), length) for row, length in zip(targets, ranked.lengths)]
         raised = self.stages.select.raised(ranked.scores, counts, seq_start=ranked.seq_start)
         heads = self.stages.heads
         if heads is None:
-            return raised, [[min(n, length) for n in _each(row)] for row, length in zip(targets, ranked.lengths)]
-        return raised, (heads if final else heads.bound)(raised, counts, layer=ranked.index)
+            rows = [[min(n, length) for n in _each(row)] for row, length in zip(targets, ranked.lengths)]
+            return raised, torch.tensor(rows, dtype=torch.int32, device=raised.device), sum(map(sum, rows))
+        per_head = (heads if final else heads.bound)(raised, counts, layer=ranked.index)
+        is_known = final and heads.is_exact
+        return raised, per_head, raised.shape[1] * sum(counts) if is_known else int(per_head.sum())
 
     def _cut_again(self, waiting: _Unsettled, targets: Targets, *, final: bool) -> None:
         """Down to the final budget, or to a bound that has come down by so much that the copy pays."""
@@ -348,14 +357,12 @@ class Pipeline:
         if not final and wanted * _WORTH > sum(store.lengths) * (_WORTH - 1):
             return
         if isinstance(store, RaggedStore):
-            raised, per_head = self._split(ranked, targets, final=final)
-            held = store.head_lengths
-            per_head = [[min(pair) for pair in zip(*rows)] for rows in zip(per_head, held)]
-            if per_head != held:
-                index = topk_heads(raised, per_head, seq_start=ranked.seq_start)
-                first = 0 if ranked.seq_start is None else ranked.seq_start[:, None, None]
-                store.keep(store.slots_of(torch.where(index >= 0, index - first, -1)), per_head)
-            store.targets = [max(_mean(row), n) for row, n in zip(targets, store.lengths)]
+            raised, per_head, _ = self._split(ranked, targets, final=final)
+            per_head = per_head.minimum(store.row_lengths.view_as(per_head))
+            index = topk_heads(raised, per_head, most=store.max_length, seq_start=ranked.seq_start)
+            first = 0 if ranked.seq_start is None else ranked.seq_start[:, None, None]
+            store.keep(store.slots_of(torch.where(index >= 0, index - first, -1)), per_head)
+            store.targets = self._targets(targets, store)
             return
         store.targets = [_mean(row) for row in targets]
         self.fit(store, store.targets)

@@ -15,6 +15,8 @@ from kvcompress.store import append_, gather, gather_ragged
 
 __all__ = ["RaggedStore"]
 
+HeadLengths = Sequence[Sequence[int]] | Tensor  # [batch][heads] on the host, or [batch, heads] int32 on the device
+
 _QUERIES = 8  # what one call of ragged_decode_attention takes
 _FEW = 32  # queries that go through it in turns; more attend head by head, as a prompt does
 _GROWTH = (
@@ -47,21 +49,25 @@ class RaggedStore:
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        head_lengths: Sequence[Sequence[int]],
+        head_lengths: HeadLengths,
         *,
         seen: Sequence[int],
+        total: int | None = None,
         scores: Tensor | None = None,
         targets: Sequence[int] | None = None,
         reserve: int = 128,
         room: int | None = None,
     ) -> None:
-        """Takes buffers in which every head has `room` free slots (None: `reserve`) behind its entries."""
+        """Takes buffers in which every head has `room` free slots (None: `reserve`) behind its entries.
+
+        `head_lengths` and `total` are as in `gathered`.
+        """
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
         self.seen = list(seen)
         self.targets = None if targets is None else list(targets)
         self.reserve = reserve
         self.extra: dict[str, Tensor] = {}
-        self._locate(head_lengths, reserve if room is None else room)
+        self._locate(*_lengths(head_lengths, total, keys.device), reserve if room is None else room)
 
     @classmethod
     def gathered(
@@ -69,9 +75,10 @@ class RaggedStore:
         keys: Tensor,
         values: Tensor,
         index: Tensor,
-        head_lengths: Sequence[Sequence[int]],
+        head_lengths: HeadLengths,
         lengths: Sequence[int],
         *,
+        total: int | None = None,
         scores: Tensor | None = None,
         reserve: int = 128,
     ) -> RaggedStore:
@@ -81,42 +88,55 @@ class RaggedStore:
             keys, values: ``[batch, num_kv_heads, seq_len, head_dim]``.
             index: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count. More heads than the keys have
                 (a multiple) means storage per query head.
-            head_lengths: those counts, ``[batch][heads]`` on the host.
+            head_lengths: those counts, ``[batch][heads]`` on the host or ``[batch, heads]`` int32 on the device.
             lengths: real tokens of each row.
+            total: their sum, where the host knows it; with it, counts on the device are not waited for.
             scores: ``[batch, heads, seq_len]`` float32 to keep for a later cut.
             reserve: free slots behind each head.
         """
         seq_len, device = keys.shape[2], keys.device
-        starts, total = _stretches(head_lengths, reserve)
+        counts, total = _lengths(head_lengths, total, device)
         first = torch.tensor([seq_len - n for n in lengths], dtype=torch.int32, device=device)
         slots = torch.arange(seq_len, dtype=torch.int32, device=device)
         positions = (slots - first[:, None])[:, None]
         tensors = [keys, values, positions] if scores is None else [keys, values, positions, scores]
-        row_start = torch.tensor(starts, dtype=torch.int64, device=device)
-        kept = gather_ragged(tensors, index, row_start, total=total)
+        kept = gather_ragged(tensors, index, _starts(counts, reserve), total=total + reserve * counts.numel())
         return cls(
             kept[0],
             kept[1],
             kept[2],
-            head_lengths,
+            counts,
             seen=lengths,
+            total=total,
             scores=None if scores is None else kept[3],
             reserve=reserve,
         )
 
-    def _locate(self, head_lengths: Sequence[Sequence[int]], room: int) -> None:
-        """Where each head starts and how long it is, on the host and on the device."""
-        self._held = [list(row) for row in head_lengths]  # entries when last located; `_grown` came later
-        self._grown = [0] * len(self._held)
-        self._room = room  # free slots behind every head
-        self._longest = max((n for row in self._held for n in row), default=0)
-        starts, _ = _stretches(self._held, room)
-        flat = [n for row in self._held for n in row]
-        ends = [start + n for start, n in zip(starts, flat)]
-        following = [n for n, row in zip(self.seen, self._held) for _ in row]
-        self._starts = starts
-        self._row_start = torch.tensor(starts, dtype=torch.int64, device=self.keys.device)
-        self._count(torch.tensor([flat, ends, following], dtype=torch.int32, device=self.keys.device))
+    def _locate(self, counts: Tensor, total: int, room: int) -> None:
+        """Where each head starts and how long it is: on the device, and on the host once somebody asks."""
+        self._batch, self._heads = counts.shape
+        self._total = total
+        self._held: list[list[int]] | None = None  # entries when last located; `_grown` came later
+        self._starts: list[int] = []
+        self._grown = [0] * self._batch
+        self._room = self._located_room = room  # free slots behind every head, now and then
+        self._longest = min(total, max(self.seen, default=0))
+        flat = counts.reshape(-1)
+        self._row_start = _starts(counts, room)
+        following = torch.tensor(self.seen, dtype=torch.int32, device=flat.device).repeat_interleave(self._heads)
+        self._count(torch.stack([flat, (self._row_start + flat).int(), following]))
+
+    def _on_host(self) -> list[list[int]]:
+        """Entries of each head when last located. The first call waits for the device."""
+        if self._held is None:
+            flat = self._row_length.view(self._batch, self._heads).tolist()
+            self._held = [[n - grown for n in row] for row, grown in zip(flat, self._grown)]
+            self._longest = max((n for row in self._held for n in row), default=0)
+            start = 0
+            for n in (n for row in self._held for n in row):
+                self._starts.append(start)
+                start += n + self._located_room
+        return self._held
 
     def _count(self, counters: Tensor) -> None:
         """Counters of every head, a row each, that a decode step counts on together."""
@@ -127,30 +147,31 @@ class RaggedStore:
 
     @property
     def batch(self) -> int:
-        return len(self._held)
+        return self._batch
 
     @property
     def heads(self) -> int:
-        return len(self._held[0]) if self._held else 0
+        return self._heads
 
     @property
     def head_lengths(self) -> list[list[int]]:
-        """Stored entries of each row and head, on the host."""
-        return [[n + grown for n in row] for row, grown in zip(self._held, self._grown)]
+        """Stored entries of each row and head, on the host. The first call after a cut waits for the device."""
+        return [[n + grown for n in row] for row, grown in zip(self._on_host(), self._grown)]
 
     @property
     def lengths(self) -> list[int]:
         """Mean entries a head of each row, rounded up."""
-        return [-(-sum(row) // max(len(row), 1)) + grown for row, grown in zip(self._held, self._grown)]
+        return [-(-sum(row) // max(len(row), 1)) + grown for row, grown in zip(self._on_host(), self._grown)]
 
     @property
     def max_length(self) -> int:
+        """Entries of the longest head; an upper bound until the host has asked for the lengths."""
         return self._longest + max(self._grown, default=0)
 
     @property
     def is_complete(self) -> bool:
         """Nothing was ever dropped."""
-        return all(n == seen for row, seen in zip(self.head_lengths, self.seen) for n in row)
+        return self._total + self._heads * sum(self._grown) == self._heads * sum(self.seen)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -203,6 +224,7 @@ class RaggedStore:
     def _attend_by_head(self, q: Tensor, softmax_scale: float) -> Tensor:
         group = q.shape[1] // self.heads
         out = q.new_empty((*q.shape[:3], self.values.shape[-1]))
+        self._on_host()
         for at, (start, n) in enumerate(zip(self._starts, (n for row in self.head_lengths for n in row))):
             row, head = divmod(at, self.heads)
             mine = slice(head * group, (head + 1) * group)
@@ -247,11 +269,11 @@ class RaggedStore:
 
     # --- shrinking
 
-    def keep(self, index: Tensor, head_lengths: Sequence[Sequence[int]]) -> None:
+    def keep(self, index: Tensor, head_lengths: HeadLengths) -> None:
         """Keeps the entries `index` ``[batch, heads, k]`` of each head (as in `gathered`), giving the bytes of all others back."""
         index = index.flatten(0, 1)
         source = torch.where(index >= 0, self._row_start[:, None] + index, -1)
-        self._pick(source, head_lengths, self.reserve)
+        self._pick(source, *_lengths(head_lengths, None, index.device), self.reserve)
 
     def slots_of(self, positions: Tensor) -> Tensor:
         """Where stored entries lie in their heads, from their positions ``[batch, heads, k]`` int32 (-1: none), ascending."""
@@ -260,19 +282,17 @@ class RaggedStore:
         slots = torch.searchsorted(held, positions.clamp_min(0), out_int32=True)
         return torch.where(positions < 0, -1, slots)
 
-    def _pick(self, source: Tensor, head_lengths: Sequence[Sequence[int]], room: int) -> None:
+    def _pick(self, source: Tensor, counts: Tensor, total: int, room: int) -> None:
         """New buffers of the old slots `source` ``[rows * heads, k]``, ascending, -1 behind each head's new length."""
-        starts, total = _stretches(head_lengths, room)
-        start = torch.tensor(starts, dtype=torch.int64, device=source.device)[:, None]
-        to = torch.where(source >= 0, start + torch.arange(source.shape[1], device=source.device), total)
-        index = torch.full(
-            (total + 1,), -1, dtype=torch.int32, device=source.device
-        )  # the last one takes what is no entry
+        slots = total + counts.numel() * room
+        start = _starts(counts, room)[:, None]
+        to = torch.where(source >= 0, start + torch.arange(source.shape[1], device=source.device), slots)
+        index = torch.full((slots + 1,), -1, dtype=torch.int32, device=source.device)  # the last takes what is no entry
         index.scatter_(0, to.flatten(), source.flatten().int())
-        picked = gather([t[None, None] for t in self.tensors.values()], index[None, None, :total])
+        picked = gather([t[None, None] for t in self.tensors.values()], index[None, None, :slots])
         for name, tensor in zip(self.tensors, picked):
             setattr(self, name, tensor[0, 0])
-        self._locate(head_lengths, room)
+        self._locate(counts, total, room)
 
     def _source(self) -> Tensor:
         """Slots of all entries ``[batch * heads, max_length]``, -1 behind each head's last one."""
@@ -280,7 +300,8 @@ class RaggedStore:
         return torch.where(column < self.row_lengths[:, None], self._row_start[:, None] + column, -1)
 
     def _repack(self, room: int) -> None:
-        self._pick(self._source(), self.head_lengths, room)
+        total = self._total + self._heads * sum(self._grown)
+        self._pick(self._source(), self._row_length.view(self._batch, self._heads), total, room)
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens of every row (rejected drafts)."""
@@ -303,11 +324,11 @@ class RaggedStore:
             return
         source = self._source().view(self.batch, self.heads, -1)
         source = source.index_select(0, rows.to(source.device)).flatten(0, 1)
-        head_lengths = self.head_lengths
+        held = self.head_lengths
         self.seen = [self.seen[i] for i in picked]
         self.targets = None if self.targets is None else [self.targets[i] for i in picked]
         self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
-        self._pick(source, [head_lengths[i] for i in picked], self._room)
+        self._pick(source, *_lengths([held[i] for i in picked], None, source.device), self._room)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
         for name, tensor in self.tensors.items():
@@ -367,14 +388,19 @@ class RaggedStore:
         return store
 
 
-def _stretches(head_lengths: Sequence[Sequence[int]], room: int) -> tuple[list[int], int]:
-    """First slot of each head, `room` free slots behind each, and the slots in all."""
-    starts, start = [], 0
-    for row in head_lengths:
-        for n in row:
-            starts.append(start)
-            start += n + room
-    return starts, start
+def _lengths(head_lengths: HeadLengths, total: int | None, device: torch.device) -> tuple[Tensor, int]:
+    """Entries of each head on the device, and of all on the host; waits for the device where the host does not know the sum."""
+    if isinstance(head_lengths, Tensor):
+        return head_lengths, int(head_lengths.sum()) if total is None else total
+    rows = [list(row) for row in head_lengths]
+    counts = torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), -1)
+    return counts, sum(map(sum, rows)) if total is None else total
+
+
+def _starts(counts: Tensor, room: int) -> Tensor:
+    """First slot of each head ``[batch * heads]`` int64, `room` free slots behind each."""
+    stretch = counts.reshape(-1).long() + room
+    return stretch.cumsum(0) - stretch
 
 
 def _is_supported(q: Tensor) -> bool:

@@ -83,19 +83,19 @@ def _(
     return scores.new_empty((batch, heads, k), dtype=torch.int32)
 
 
-def topk_heads(scores: Tensor, counts: Sequence[Sequence[int]], *, seq_start: Tensor | None = None) -> Tensor:
+def topk_heads(scores: Tensor, counts: Tensor, *, most: int | None = None, seq_start: Tensor | None = None) -> Tensor:
     """`topk` with a count for every row and head: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count.
 
     Args:
         scores: ``[batch, heads, seq_len]`` float32, +inf where an entry is kept in any case.
-        counts: ``[batch][heads]`` on the host.
+        counts: ``[batch, heads]`` int32 on the device; it is not waited for.
+        most: what no count exceeds, where the host knows it; None: seq_len.
         seq_start: ``[batch]`` int32, first real entry of each row.
     """
     batch, heads, seq_len = scores.shape
-    flat = [n for row in counts for n in row]
-    per_head = torch.tensor(flat, dtype=torch.int32, device=scores.device)
     starts = None if seq_start is None else seq_start.repeat_interleave(heads)
-    kept = topk(scores.reshape(batch * heads, 1, seq_len), max(flat, default=0), counts=per_head, seq_start=starts)
+    k = seq_len if most is None else min(most, seq_len)
+    kept = topk(scores.reshape(batch * heads, 1, seq_len), k, counts=counts.reshape(-1), seq_start=starts)
     return kept.view(batch, heads, -1)
 
 

@@ -137,18 +137,22 @@ class BestOfLayer:
     protected: int
     page_size: int
 
-    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+    @property
+    def is_exact(self) -> bool:
+        return self.share is None and self.page_size == 1
+
+    def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> Tensor:
         heads = scores.shape[1]
-        real = scores > -torch.inf
-        lengths = real[:, 0].sum(-1).tolist()
+        real = (scores > -torch.inf).sum(-1)
         totals = [heads * n for n in counts]
         if self.share is not None:
+            lengths = real[:, 0].tolist()
             wanted = [max(1, round(self.share * (n - self.protected) * heads)) for n in lengths]
             totals = [max(total, heads * min(n, self.protected)) for total, n in zip(wanted, lengths)]
-        won = counts_in_global_top(scores, totals).tolist()
-        return [[min(-(-k // self.page_size) * self.page_size, n) for k in row] for row, n in zip(won, lengths)]
+        pages = -(-counts_in_global_top(scores, totals) // self.page_size)
+        return (pages * self.page_size).minimum(real).int()
 
-    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> list[list[int]]:
+    def bound(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> Tensor:
         """Winners of fewer are winners of more."""
         return self(scores, counts, layer=layer)
 

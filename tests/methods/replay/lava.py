@@ -80,8 +80,7 @@ def frozen(stages, scores: torch.Tensor, budgets: list[int], prefix: int, window
     for budget in budgets:
         if 0 <= budget <= (cuts[-1] if cuts else prefix):
             cuts.append(budget)
-    counts = stages.heads(scores, [cuts[0] + window])[0]
+    counts = stages.heads(scores, [cuts[0] + window])
     if len(cuts) > 1:
-        later = stages.heads(scores, [cuts[-1] + window], weighed_at=[cuts[1] + window])[0]
-        counts = [min(pair) for pair in zip(counts, later)]
-    return [[i for i in head if i >= 0] for head in topk_heads(scores, [counts])[0].tolist()]
+        counts = counts.minimum(stages.heads(scores, [cuts[-1] + window], weighed_at=[cuts[1] + window]))
+    return [[i for i in head if i >= 0] for head in topk_heads(scores, counts)[0].tolist()]
