@@ -20,8 +20,11 @@ from bench.harness import Case, Runner, warmed
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def built(reference: str) -> Path:
-    """The `python` folder of a built tree: a folder that is one already, or the git reference built into the cache."""
+def built(reference: str, device: torch.device) -> Path:
+    """The `python` folder of a built tree: a folder that is one already, or the git reference built into the cache.
+
+    The build for a CPU leaves the CUDA kernels out, and lies apart from the one for a GPU.
+    """
     given = Path(reference)
     if (given / "kvcompress" / "libkvcompress.so").is_file():
         return given.resolve()
@@ -34,17 +37,18 @@ def built(reference: str) -> Path:
         return done.stdout.strip()
 
     commit = git("rev-parse", "--verify", f"{reference}^{{commit}}")
-    tree = ROOT / "build" / "base" / commit[:12]
+    tree = ROOT / "build" / "base" / f"{commit[:12]}-{device.type}"
     if not tree.exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(tree), commit)
     package = tree / "python"
     if not (package / "kvcompress" / "libkvcompress.so").is_file():
-        architecture = "90-real"
-        if torch.cuda.is_available():
-            architecture = "{}{}-real".format(*torch.cuda.get_device_capability())
         configure = ["cmake", "-S", ".", "-B", "build/dev", "-DKVC_PYTHON=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
+        if device.type == "cuda":
+            architecture = "{}{}-real".format(*torch.cuda.get_device_capability(device))
+            configure += ["-DKVC_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
+        else:
+            configure += ["-DKVC_CUDA=OFF"]
         install = ["cmake", "--install", "build/dev", "--prefix", "python/kvcompress", "--component", "python"]
         for command in (configure, ["cmake", "--build", "build/dev", "-j"], install):
             print(f"base {commit[:12]}: {' '.join(command[:3])} ...", file=sys.stderr, flush=True)
@@ -57,7 +61,7 @@ class Worker:
     """The other build's process. It answers one line a question."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        package = built(args.base)
+        package = built(args.base, device)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])}
         command = [sys.executable, "-m", "bench.base", str(device), str(int(args.quick)), str(int(args.warm))]
         self.process = subprocess.Popen(

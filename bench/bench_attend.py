@@ -48,5 +48,7 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
             },
             read=size,
             footprint=size,
+            graph=True,
+            core=True,
             params={"batch": batch, "entries": length, "dtype": "bfloat16"},
         )

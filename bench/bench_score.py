@@ -58,17 +58,19 @@ def prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled)
     shape = (batch, LAYER.num_kv_heads, window * LAYER.q_per_kv, LAYER.head_dim, length, 2)
     variants = {"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], **options)}
     absent = {}
-    if batch * length <= EAGER_KEYS:
+    if pool == "max":
+        absent = dict.fromkeys(("torch", "kvpress"), "beside avg: the pool is under 1 % of their time")
+    elif batch * length <= EAGER_KEYS:
         variants["torch"] = lambda x: peers.torch_window_scores(x[0], x[1], pool, kernel)
         if isinstance(kvpress, str):
             absent["kvpress"] = kvpress
-        elif pool == "avg":
+        else:
             variants["kvpress"] = lambda x: kvpress(x[0], x[1], pool, kernel)
     else:
         absent |= dict.fromkeys(("torch", "kvpress"), "writes the map: tens of GiB at this size")
     if compiled is not None and (batch, length, window) in COMPILED and pool == "avg":
         variants["torch.compile"] = lambda x: compiled(x[0], x[1], pool, kernel)
-    if device.type == "cpu":
+    if device.type == "cpu" and pool == "avg":
         variants["torch, product alone"] = lambda x: gemm_alone(x, window, LAYER.q_per_kv)
     for lse in (False, True):
         ours = {"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], lse=x[2], **options)} if lse else variants
