@@ -60,7 +60,7 @@ bench-cpp: setup  ## C++ microbenchmarks of the torch-free core (needs Google Be
 	build/bench/bench/cpp/kvcompress_bench
 
 sanitize: setup  ## compute-sanitizer, all four tools, over the GPU tests of the ops
-	python tests/sanitize.py
+	python -m tests.sanitize
 
 demo: setup  ## a 4k-token document, answered with the full cache and with a tenth of it
 	kvcompress demo

@@ -14,7 +14,8 @@ from bench.ceilings import Ceilings, cache_bytes, sync
 
 Variant = Callable[[object], object]  # called with one set of inputs
 
-MAX_COPIES = 24  # sets of inputs that take turns within a round
+# sets of inputs that take turns within a round; a CPU call is long beside what it takes to time it
+MAX_COPIES = {"cuda": 24, "cpu": 3}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Flush:
     """Fills the last-level cache with clean lines that nobody asks for, so that what follows reads from memory."""
 
     def __init__(self, device: torch.device, limit_bytes: float):
-        self.buffer = torch.zeros(int(3 * limit_bytes) // 4, device=device)
+        self.buffer = torch.zeros(int(2 * limit_bytes) // 4, device=device)
 
     def __call__(self) -> None:
         self.buffer.sum()
@@ -110,18 +111,22 @@ class Flush:
 class Runner:
     """A case set up to be measured: its inputs made, its variants warm."""
 
-    def __init__(self, case: Case, device: torch.device, *, warm: bool = False):
+    def __init__(self, case: Case, device: torch.device, *, warm: bool = False, without: Sequence[str] = ()):
         self.case, self.device, self.warm = case, device, warm
         cold = 2 * cache_bytes(device)
         wanted = 1 if warm else math.ceil(cold / max(case.footprint, 1)) + 1
-        self.inner = 1 if case.restore else min(MAX_COPIES, max(2, wanted))
-        self.sets = [case.make() for _ in range(1 if warm else min(MAX_COPIES, max(2, wanted)))]
+        copies = 1 if warm else min(MAX_COPIES[device.type], max(2, wanted))
+        self.inner = 1 if case.restore else copies
+        self.sets = [case.make() for _ in range(copies)]
         self.flush = None if warm else Flush(device, cache_bytes(device))
         self.turn = 0
         self.variants: dict[str, Variant] = {}
         self.failed: dict[str, str] = {}
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         for name, run in case.variants.items():
+            if any(words in name for words in without):
+                self.failed[name] = "left out by --without"
+                continue
             try:
                 for inputs in self.sets[:2]:
                     run(inputs)

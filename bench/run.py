@@ -104,7 +104,7 @@ def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
 
 def measured(case: Case, device: torch.device, args: argparse.Namespace, other: base.Worker | None) -> dict:
     """All variants of a case, interleaved round by round, those of another build among them."""
-    runner = Runner(case, device, warm=args.warm)
+    runner = Runner(case, device, warm=args.warm, without=args.without)
     turns = {name: runner.time for name in runner.names()}
     failed = dict(runner.failed)
     if other is not None:
@@ -159,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--quick", action="store_true", help="the smallest shapes, no torch.compile")
     form.add_argument("--warm", action="store_true", help="inputs stay in the cache; floors likewise")
     form.add_argument("--untested", action="store_true", help="do not run the tests first; the report says so")
+    form.add_argument("--without", action="append", default=[], metavar="PEER", help="leave out variants named so")
     form.add_argument("--base", metavar="GITREF", help="also that state of the tree, or a folder with a built package")
     form.add_argument("--json", type=Path, help="write all figures to this file")
     results = ROOT / "bench" / "results"

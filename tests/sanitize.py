@@ -1,4 +1,4 @@
-"""compute-sanitizer over the tests of all ops: `make sanitize`, or `python tests/sanitize.py --help`.
+"""compute-sanitizer over the tests of all ops: `make sanitize`, or `python -m tests.sanitize --help`.
 
 All four tools, each over every room, side by side: memcheck, racecheck, initcheck, synccheck. Of each test at most
 `--sample` parametrisations run, evenly spread, and few fuzz examples: the shapes are the odd ones that the tests are
@@ -25,12 +25,14 @@ ROOMS = ["score", "budget", "select", "store", "attend"]
 def run(tool: str, room: str, sample: int, limit: float, folder: Path) -> tuple[bool, str]:
     """One process: whether it is clean, and a line that says what ran."""
     log = folder / f"{tool}_{room}.log"
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    command += [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=kvc"]
+    command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only", "--launch-timeout", "0"]
+    command += ["--print-limit", "100000"] if tool == "initcheck" else ["--kernel-name", "kernel_substring=kvc"]
     command += [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "--sample", str(sample)]
     environment = {**os.environ, "KVCOMPRESS_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "1"}
-    if tool in ("memcheck", "initcheck"):  # else one block of the allocator hides who reads beyond his own
+    if tool in ("memcheck", "initcheck"):
+        # else one block of the allocator hides who reads beyond his own; nothing can be captured then
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        command += ["-k", "not graph"]
     begin = time.monotonic()
     with log.open("w") as out:
         try:
@@ -41,12 +43,23 @@ def run(tool: str, room: str, sample: int, limit: float, folder: Path) -> tuple[
         except subprocess.TimeoutExpired:
             code = f"none after {limit:.0f} s"
     text = log.read_text()
-    passed = re.search(r"(\d+) passed", text)
-    errors = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
-    found = sum(int(a or b) for a, b in errors)
-    is_clean = code == 0 and passed is not None and bool(errors) and found == 0
-    what = f"{passed[1] if passed else 'no'} tests passed, {found if errors else '?'} errors"
-    return is_clean, f"{tool:10s} {room:8s} {what}, exit code {code}, {time.monotonic() - begin:.0f} s"
+    passed, failed = (re.search(rf"(\d+) {word}", text) for word in ("passed", "failed"))
+    ran = re.search(r"ERROR SUMMARY|RACECHECK SUMMARY", text) is not None
+    found = errors(tool, text)
+    is_clean = code == 0 and passed is not None and failed is None and ran and found == 0
+    tests = f"{passed[1] if passed else 'no'} tests passed, {failed[1] if failed else 0} failed"
+    what = f"{tests}, {found if ran else '?'} errors, exit code {code}"
+    return is_clean, f"{tool:10s} {room:8s} {what}, {time.monotonic() - begin:.0f} s"
+
+
+def errors(tool: str, text: str) -> int:
+    """What the tool found. Of reads of what was never written, those by this library's kernels: tests themselves copy
+    buffers whose gaps nobody fills.
+    """
+    if tool == "initcheck":
+        return len(re.findall(r"Uninitialized .* read of size .*\n=+ +at [^\n]*\bkvc::", text))
+    counts = re.findall(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
+    return sum(int(a or b) for a, b in counts)
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t
     p.pool_first = false;
     p.max_chunks = p.chunks_wanted();
     p.row_stats = machine.room<float>(p.max_chunks * rows * 2);
-    p.votes = machine.room<float>(batch * p.vote_heads() * length);
+    p.votes =
+        machine.room<float>(batch * std::max(p.vote_heads(), kHeads * p.row_groups()) * length);
     p.out = machine.room<float>(batch * p.out_heads() * length);
     work.sets.push_back([p, &machine] { KVC_BENCH_LAUNCH(window_scores, p, machine); });
   }

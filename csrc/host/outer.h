@@ -1,10 +1,10 @@
 // Products of many rows with many rows (queries with keys), summed in float32: the small matrix
 // product of the CPU twins.
 //
-// Right rows lie in panels of kOuterPanel rows, turned: [depth, kOuterPanel]. Two forms: float32,
-// for every dtype; and pairs, where the processor multiplies two bfloat16 numbers a lane and step
-// and is faster so (AVX-512 BF16 on AMD): [depth / 2, kOuterPanel] of two neighbours each. In both,
-// products are exact or rounded once and sums are float32; pairs take subnormal numbers for zero.
+// Right rows lie in panels of kOuterPanel rows, turned. Two forms: float32, [depth, kOuterPanel],
+// for every dtype; and pairs of bfloat16 neighbours, [depth / 2, kOuterPanel], where the processor
+// multiplies those faster (AMX on Intel, AVX-512 BF16 on AMD). In both, sums are float32; pairs
+// take subnormal numbers for zero.
 #pragma once
 
 #include <cstdint>
@@ -34,10 +34,12 @@ void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, 
 void outer_products(const float* left, int64_t depth, const float* panels, int64_t num_panels,
                     float* out, int64_t out_stride);
 
-// The same with pairs, on processors where has_pair_products().
-bool has_pair_products();
+// The same with pairs, of up to kPairRows left rows (a multiple of kOuterRows), on processors and
+// depths where has_pair_products().
+constexpr int64_t kPairRows = 32;
+bool has_pair_products(int64_t depth);
 void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, bf16* panels);
-void outer_products(const bf16* left, int64_t depth, const bf16* panels, int64_t num_panels,
-                    float* out, int64_t out_stride);
+void outer_products(const bf16* left, int64_t rows, int64_t depth, const bf16* panels,
+                    int64_t num_panels, float* out, int64_t out_stride);
 
 }  // namespace kvc

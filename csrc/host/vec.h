@@ -58,4 +58,31 @@ KVC_INLINE typename Simd<kLanes>::Floats rounded_to(typename Simd<kLanes>::Float
   }
 }
 
+// 8 rows of 8 elements of 32 bits, turned in registers.
+using Eight = Simd<8>::Floats;
+
+KVC_INLINE void turn(Eight (&x)[8]) {
+  using Pick = Simd<8>::Ints;
+  const Pick low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+  const Pick even = {0, 1, 8, 9, 4, 5, 12, 13}, odd = {2, 3, 10, 11, 6, 7, 14, 15};
+  const Pick first = {0, 1, 2, 3, 8, 9, 10, 11}, last = {4, 5, 6, 7, 12, 13, 14, 15};
+  Eight y[8], z[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low);
+    y[2 * i + 1] = __builtin_shuffle(x[2 * i], x[2 * i + 1], high);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int a = i / 2 * 4 + i % 2;
+    z[2 * i] = __builtin_shuffle(y[a], y[a + 2], even);
+    z[2 * i + 1] = __builtin_shuffle(y[a], y[a + 2], odd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = __builtin_shuffle(z[i], z[i + 4], first);
+    x[i + 4] = __builtin_shuffle(z[i], z[i + 4], last);
+  }
+}
+
 }  // namespace kvc

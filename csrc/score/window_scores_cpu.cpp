@@ -26,7 +26,10 @@ namespace kvc {
 namespace {
 
 constexpr int64_t kBlock = 256;  // keys: 128 KB of panels at head_dim 128, half of a small L2
+// Query rows of a register tile, and of one call for products of E.
 constexpr int64_t kRows = kOuterRows;
+template <typename E>
+constexpr int64_t kCallRows = std::is_same_v<E, float> ? kOuterRows : kPairRows;
 constexpr int64_t kMapBytes =
     32 << 20;  // of kept exponentials a worker: still faster than twice the products
 constexpr int64_t kMapItems =
@@ -106,7 +109,7 @@ struct Workspace {
   Workspace(const Head& head, int64_t rows)
       : queries(padded_rows(rows) * head.p.head_dim),
         panels(kBlock * head.p.head_dim),
-        logits(kRows * kBlock),
+        logits(kCallRows<E> * kBlock),
         head(head),
         head_dim(head.p.head_dim) {}
 
@@ -136,14 +139,19 @@ struct Workspace {
     pack_panels(from, p.k_row_stride, n, head_dim, panels.data());
   }
 
-  // <q, k> of kRows rows from `row` of the loaded ones on, with the first n keys of the block, into
-  // rows of kBlock.
-  void products(int64_t row, int64_t n, float* to) {
-    outer_products(queries.data() + row * head_dim, head_dim, panels.data(), padded_panels(n), to,
-                   kBlock);
+  // <q, k> of `rows` rows from `row` of the loaded ones on, at most kCallRows, with the first n
+  // keys of the block, into rows of kBlock. Rows up to the next multiple of kRows are written, too.
+  void products(int64_t row, int64_t rows, int64_t n, float* to) {
+    const E* left = queries.data() + row * head_dim;
+    if constexpr (std::is_same_v<E, float>) {
+      outer_products(left, head_dim, panels.data(), padded_panels(n), to, kBlock);
+    } else {
+      outer_products(left, padded_rows(rows), head_dim, panels.data(), padded_panels(n), to,
+                     kBlock);
+    }
   }
-  float* products(int64_t row, int64_t n) {
-    products(row, n, logits.data());
+  float* products(int64_t row, int64_t rows, int64_t n) {
+    products(row, rows, n, logits.data());
     return logits.data();
   }
   static int64_t padded_panels(int64_t n) { return (n + kOuterPanel - 1) / kOuterPanel; }
@@ -183,10 +191,10 @@ void row_statistics(const Head& head, int64_t tile, int64_t chunk, int64_t first
   for (int64_t block = first; block < last; block += kBlock) {
     const int64_t n = std::min(kBlock, last - block);
     work.load_keys(block, n);
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-      const int64_t rows = std::min(kRows, num_rows - row);
+    for (int64_t row = 0; row < num_rows; row += kCallRows<E>) {
+      const int64_t rows = std::min(kCallRows<E>, num_rows - row);
       if (head.end_of_rows(row0 + row, row0 + row + rows) <= block) continue;
-      float* x = work.products(row, n);
+      float* x = work.products(row, rows, n);
       for (int64_t i = 0; i < rows; ++i, x += kBlock) {
         const Span span = visible(head, row0 + row + i, block, n);
         if (span.empty()) continue;
@@ -277,10 +285,10 @@ void column_votes(const Head& head, int64_t block, int64_t n) {
     const int64_t num_rows = std::min(kRowTile, head.num_rows() - row0);
     if (head.end_of_rows(row0, row0 + num_rows) <= block) continue;
     work.load_queries(row0, num_rows);
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-      const int64_t rows = std::min(kRows, num_rows - row);
+    for (int64_t row = 0; row < num_rows; row += kCallRows<E>) {
+      const int64_t rows = std::min(kCallRows<E>, num_rows - row);
       if (head.end_of_rows(row0 + row, row0 + row + rows) <= block) continue;
-      float* x = work.products(row, n);
+      float* x = work.products(row, rows, n);
       for (int64_t i = 0; i < rows; ++i, x += kBlock) {
         const int64_t r = row0 + row + i;
         const Span span = visible(head, r, block, n);
@@ -314,11 +322,11 @@ void kept_votes(const Head& head, int64_t first_head, int64_t heads, float* part
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t block = begin + b * kBlock, n = std::min(kBlock, end - block);
     work.load_keys(block, n);
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-      const int64_t rows = std::min(kRows, num_rows - row);
+    for (int64_t row = 0; row < num_rows; row += kCallRows<E>) {
+      const int64_t rows = std::min(kCallRows<E>, num_rows - row);
       if (head.end_of_rows(row0 + row, row0 + row + rows) <= block) continue;
       float* x = map.data() + (b * map_rows + row) * kBlock;
-      work.products(row, n, x);
+      work.products(row, rows, n, x);
       for (int64_t r = row; r < row + rows; ++r, x += kBlock) {
         const Span span = visible(head, row0 + r, block, n);
         if (span.empty()) continue;
@@ -483,7 +491,7 @@ void window_scores_cpu(const WindowScoresParams& params) {
   visit_float(params.dtype, "window_scores", [&](auto tag) {
     using T = decltype(tag);
     if constexpr (std::is_same_v<T, bf16>) {
-      if (has_pair_products()) return run<T, bf16>(params);
+      if (has_pair_products(params.head_dim)) return run<T, bf16>(params);
     }
     run<T, float>(params);
   });
