@@ -1,6 +1,7 @@
 // window_scores, with and without the prefill's log-sum-exp.
 #include "score/window_scores.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "machine.h"
