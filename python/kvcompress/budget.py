@@ -329,8 +329,11 @@ class Budget(ABC):
         return 0
 
     @abstractmethod
-    def first(self, layer: LayerState, scores: Scores) -> list[int]:
-        """Entries each row may keep in this layer, on the host: final, or an upper bound if deferred. May exceed the row."""
+    def first(self, layer: LayerState, scores: Scores) -> Targets:
+        """Entries each row may keep in this layer, on the host: final, or an upper bound if deferred. May exceed the row.
+
+        A list a row gives each head its own; only for a budget that is final at once and counts across heads.
+        """
 
     def measure(self, layer: LayerState, scores: Scores) -> Tensor:
         """What a layer shows of its needs, ``[batch, ...]`` on the device (deferred budgets only)."""

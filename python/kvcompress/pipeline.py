@@ -228,7 +228,7 @@ class Pipeline:
         if budget.tightens:
             bounds = dict(enumerate(self._settled(layer.index + 1, layer.lengths)))
         else:
-            bounds = {layer.index: [max(n, self.stages.select.forced) for n in budget.first(layer, scores)]}
+            bounds = {layer.index: self._at_least_forced(budget.first(layer, scores))}
         final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
         store = self._cut(layer, scores, bounds[layer.index], store, final=final)
         if self.stages.decode is not None:
@@ -255,6 +255,10 @@ class Pipeline:
         when = self.stages.when
         waits = isinstance(when, EveryStep) and when.keeps_prompt(length, target)
         return length if waits else min(length, target)
+
+    def _at_least_forced(self, targets: Targets) -> Targets:
+        forced = self.stages.select.forced
+        return [[max(n, forced) for n in row] if isinstance(row, list) else max(row, forced) for row in targets]
 
     def _score(self, layer: LayerState) -> Tensor:
         """The layer's scores, or those that a layer before it in its group of `reuse` layers has computed."""

@@ -8,6 +8,7 @@ import typer
 
 import kvcompress
 from kvcompress.cli.bench import bench
+from kvcompress.cli.calibrate import calibrate
 from kvcompress.cli.demo import demo
 from kvcompress.cli.doctor import doctor
 from kvcompress.cli.eval import evaluate
@@ -40,7 +41,7 @@ Shrink the KV cache of a transformer LLM: score its entries, keep the best, free
 app = typer.Typer(
     help=_HELP, no_args_is_help=True, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False
 )
-for command in (demo, generate, methods, inspect, tune, doctor):
+for command in (demo, generate, methods, inspect, tune, calibrate, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

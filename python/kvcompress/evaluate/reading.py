@@ -137,6 +137,11 @@ class Reading:
         assert layer.store is not None
         return self._cache.queries[layer_idx], *layer.store.view()
 
+    def stream(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """What entered a layer and what its attention added, ``[1, tokens, hidden]``; kept if a method wants the residual."""
+        before, update = zip(*self._cache.streams[layer_idx])
+        return torch.cat(before, 1), torch.cat(update, 1)
+
     @property
     def num_layers(self) -> int:
         return len(self._cache.layers)
@@ -161,8 +166,7 @@ class Reading:
             scale, attachment = self._cache.scales[layer_idx], self._cache.attachment
             cache.attend(layer_idx, queries, None, scale, attachment, attended=queries)
             if cache.wants_residual(layer_idx):
-                pairs = self._cache.streams[layer_idx]
-                cache.observe(layer_idx, torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1))
+                cache.observe(layer_idx, *self.stream(layer_idx))
         if cache.lookahead is not None:
             self._draft(cache, {} if fresh else self._scores)
         cache.finish_prompt()
