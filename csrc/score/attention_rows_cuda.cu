@@ -22,7 +22,9 @@ struct Plan : RowPlan {
 // Sum of exp2(x - most) of one row. `most` follows the maximum only when that runs 8 ahead: terms
 // stay below 2^8, and the loop hardly ever rescales.
 struct RunningSum {
-  float most = kLowest, sum = 0;
+  float most, sum;
+
+  static __device__ __forceinline__ RunningSum empty() { return {kLowest, 0}; }
 
   __device__ __forceinline__ void add(const float (&x)[4], float scale) {
     const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) * scale;
@@ -76,6 +78,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   int limits[Tile::kBlocks][2], least = INT_MAX, greatest = -1;
 #pragma unroll
   for (int i = 0; i < 2 * Tile::kBlocks; ++i) {
+    // Not by member initialisers: nvcc 13.0 runs them for sums[0] alone and zeroes the rest.
+    sums[i / 2][i % 2] = RunningSum::empty();
     const int limit = head.limit(row0 + warp_m * Tile::kWarpRows + 8 * i + lane / 4);
     limits[i / 2][i % 2] = limit;
     least = min(least, limit < 0 ? INT_MAX : limit);
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   __syncthreads();
   for (int r = threadIdx.x; r < block_rows; r += Tile::kThreads) {
     const int m = r / Tile::kWarpRows;
-    RunningSum sum;
+    RunningSum sum = RunningSum::empty();
     for (int n = 0; n < warps_n; ++n) {
       const float2 part = shared.of_warp[n * plan.warps_of_rows + m][r % Tile::kWarpRows];
       sum.merge(part.x, part.y);

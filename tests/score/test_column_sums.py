@@ -203,6 +203,22 @@ def test_large_logits(device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_logits_far_below_zero(dtype, head_dim, device):
+    """The first rows see few keys, so their largest logit may lie where exp2 of it is 0; in any place of a tile."""
+    q, k = make(1, 4, 1, 200, 200, head_dim, dtype, device)
+    check(q, k, softmax_scale=30.0)
+    out = kvcompress.column_sums(q, k, softmax_scale=30.0, statistic="max", group_reduce="none")
+    assert (out[:, :, 0] == 1).all()  # row 0 sees key 0 alone
+    assert torch.allclose(
+        kvcompress.window_scores(q, k, softmax_scale=30.0, first_query=0, num_scored=200),
+        kvcompress.column_sums(q, k, softmax_scale=30.0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("statistic", PLAIN)
 def test_nan_does_not_vanish(dtype, statistic, device):
     q, k = make(1, 4, 2, 300, 300, 64, dtype, device)
