@@ -296,6 +296,7 @@ class RaggedStore:
 
     def _source(self) -> Tensor:
         """Slots of all entries ``[batch * heads, max_length]``, -1 behind each head's last one."""
+        self._on_host()  # the exact width
         column = torch.arange(self.max_length, device=self.keys.device)
         return torch.where(column < self.row_lengths[:, None], self._row_start[:, None] + column, -1)
 
@@ -331,6 +332,7 @@ class RaggedStore:
         self._pick(source, *_lengths([held[i] for i in picked], None, source.device), self._room)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
+        self._on_host()  # a copy that nothing waits for is not there to be read
         for name, tensor in self.tensors.items():
             setattr(self, name, tensor.to(device, non_blocking=non_blocking))
         self.extra = {name: t.to(device, non_blocking=non_blocking) for name, t in self.extra.items()}
@@ -362,8 +364,8 @@ class RaggedStore:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The stored entries without room, head after head, and the counters."""
-        column = torch.arange(self.max_length, device=self.keys.device)
-        slots = self._source()[column < self.row_lengths[:, None]]
+        slots = self._source()
+        slots = slots[slots >= 0]
         state = {name: t[slots] for name, t in self.tensors.items()}
         state |= {"head_lengths": torch.tensor(self.head_lengths), "seen": torch.tensor(self.seen)}
         if self.targets is not None:

@@ -15,10 +15,13 @@ from kvcompress.models import attach
 from tests.cli.conftest import refused, run  # noqa: F401
 
 
-def test_attention_error_against_plain_softmax(random_model):
+@pytest.mark.parametrize("name", ["snapkv", "adakv"])
+def test_attention_error_against_plain_softmax(random_model, name):
     model, _ = random_model
     ids, behind = list(range(3, 90)), [5, 9, 11]
     method = methods.create("snapkv", budget=30, window=8)
+    if name == "adakv":  # heads of different counts
+        method = methods.create("adakv", budget=30, inner=method)
     with attach(model), torch.inference_mode():
         reading = Reading(model, ids, [method], queries=len(behind))
         cache, whole = reading.compress(method), reading.compress(None)

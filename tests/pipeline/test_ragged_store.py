@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompress.ragged import RaggedStore
 
@@ -149,3 +150,43 @@ def test_state_dict_round_trip(device):
     assert_holds(copy, entries)
     assert copy.targets == [6, 3]
     assert copy.seen == [20, 7]
+
+
+class Launches(TorchDispatchMode):
+    """Names of the ops that do more than look at a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(returned.alias_info is not None for returned in func._schema.returns) or func._schema.is_mutable:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_is_two_launches_and_the_attention(device):
+    """One op writes K, V and positions of all heads, one counts; no tensor is made from host numbers, nothing is read."""
+    store, _ = fresh([30, 30], 30, [[30, 3, 11], [8, 1, 25]], device, reserve=64)
+    keys, values = (torch.randn(2, HEADS, 1, DIM, device=device) for _ in range(2))
+    with Launches() as seen:
+        store.append(keys, values)
+    assert seen.names == ["kvcompress::append_", "aten::add_"]
+    with Launches() as seen:
+        store.attend(torch.randn(2, HEADS, 1, DIM, device=device), softmax_scale=0.3)
+    assert [name for name in seen.names if name != "aten::randn"] == ["kvcompress::ragged_decode_attention"]
+
+
+def test_counts_on_the_device_are_not_waited_for(device):
+    """Built from device counts and a known sum, the host learns the lengths when it asks for them."""
+    counts = torch.tensor([[5, 9, 2]], dtype=torch.int32, device=device)
+    index = ragged_index([20], 20, counts.tolist(), device)
+    keys, values = (torch.randn(1, HEADS, 20, DIM, device=device) for _ in range(2))
+    with Launches() as seen:
+        store = RaggedStore.gathered(keys, values, index, counts, [20], total=16, reserve=4)
+        store.append(keys[:, :, :1], values[:, :, :1])
+        assert store.seen == [21]
+        assert not store.is_complete
+    assert "aten::_local_scalar_dense" not in seen.names  # what .item() and .tolist() call
+    assert store.head_lengths == [[6, 10, 3]]
+    assert store.max_length == 10

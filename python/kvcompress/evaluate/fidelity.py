@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -46,14 +47,10 @@ def attention_error(reading: Reading, caches: Sequence[CompressedCache], followi
             for cache in caches:
                 layer = cache.layers[layer_idx]
                 assert isinstance(layer, CompressedLayer)
-                assert layer.keys is not None
-                assert layer.values is not None
-                repeats = layer.keys.shape[1] // keys.shape[1]
-                own = [
-                    torch.cat([kept, fresh[:, :, seen:].repeat_interleave(repeats, 1)], 2)
-                    for kept, fresh in ((layer.keys, keys), (layer.values, values))
-                ]
-                got = attend(queries, *own, softmax_scale=reading.softmax_scale).float()
+                assert layer.store is not None
+                store = deepcopy(layer.store)
+                store.append(keys[:, :, seen:], values[:, :, seen:])
+                got = store.attend(queries, softmax_scale=reading.softmax_scale).float()
                 row.append((full - got).norm(dim=(2, 3)) / full.norm(dim=(2, 3)))
             errors.append(torch.cat(row))
     finally:
