@@ -39,6 +39,7 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
         for window in WINDOWS:
             for pool, kernel in POOLS:
                 yield from prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled)
+    yield from column_cases(device, quick=quick)
     if device.type == "cuda":
         yield from sweep(device)
     else:
@@ -131,4 +132,61 @@ def sweep(device) -> Iterator[Case]:
             passes=passes(1, heads, window * group, dim, length, item, lse=False),
             footprint=heads * length * dim * item,
             params={"heads": heads, "q_per_kv": group, "head_dim": dim, "seq_len": length, "window": window},
+        )
+
+
+def column_cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
+    """All queries of the prompt: column sums beside torch's flash attention, which has two products where these have one."""
+    cuda = device.type == "cuda"
+    for length in (8192, 32768) if cuda and not quick else (8192 if cuda else 2048,):
+        pairs = LAYER.num_q_heads * length * (length + 1) / 2  # of a query and a key that it sees
+        rows = {"flop": 2.0 * pairs * LAYER.head_dim, "exponentials": pairs}
+        read = (LAYER.num_q_heads + LAYER.num_kv_heads) * length * LAYER.head_dim * 2
+
+        def make(length: int = length):
+            q, k, _ = inputs(device, 1, length, length)
+            v = torch.randn_like(k)
+            output, lse = peers.flash_attention(q, k, v)
+            return q, k, lse, v, output
+
+        peer = {"torch SDPA flash": lambda x: peers.sdpa_flash(x[0], x[1], x[3])} if cuda else {}
+        compiled = {"torch.compile": peers.compiled_column_sums()} if cuda and not quick and length <= 8192 else {}
+        absent = {} if compiled else {"torch.compile": "writes the map: at 32k 137 GiB in float32"}
+        for op, given, work in (
+            ("column_sums, lse given", True, [Work(read=read, **rows)]),
+            ("column_sums", False, [Work(read=read, **rows), Work(**rows)]),
+        ):
+            yield Case(
+                op=op,
+                label=f"B1 S{length} all queries",
+                make=make,
+                variants={
+                    "kvcompress": lambda x, given=given: kvcompress.column_sums(
+                        x[0], x[1], lse=x[2] if given else None
+                    ),
+                    **peer,
+                    **({} if given else compiled),
+                },
+                passes=work,
+                footprint=read,
+                tests=("column_sums",),
+                absent={} if given else absent,
+                notes="one pass over the causal half" if given else "two passes over the causal half",
+                params={"batch": 1, "seq_len": length, "window": length, "dtype": "bfloat16"},
+            )
+        yield Case(
+            op="column_sums, joint_change",
+            label=f"B1 S{length} all queries",
+            make=make,
+            variants={
+                "kvcompress": lambda x: kvcompress.column_sums(
+                    x[0], x[1], statistic="joint_change", group_reduce="sum", lse=x[2], v=x[3], output=x[4]
+                ),
+                **peer,
+            },
+            passes=[Work(read=2 * read, flop=2 * rows["flop"], exponentials=pairs)],
+            footprint=2 * read,
+            tests=("column_sums",),
+            notes="log-sum-exp given, two products",
+            params={"batch": 1, "seq_len": length, "window": length, "dtype": "bfloat16"},
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def _module(name: str) -> Any:
@@ -42,6 +43,37 @@ def torch_window_scores(q: torch.Tensor, k: torch.Tensor, pool: str, kernel: int
 def compiled_window_scores() -> Callable[..., torch.Tensor]:
     """The same through torch.compile, one graph a shape."""
     return torch.compile(torch_window_scores, dynamic=False)
+
+
+def sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of a whole prompt by torch's flash kernel, and by nothing else."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with its log-sum-exp, for inputs."""
+    if q.is_cuda:
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
+    else:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return output.contiguous(), lse.float().contiguous()
+
+
+def torch_column_sums(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """column_sums over all queries in plain torch: materialises the map."""
+    group, length = q.shape[1] // k.shape[1], k.shape[2]
+    logits = q.unflatten(1, (k.shape[1], group)) @ k[:, :, None].mT * q.shape[-1] ** -0.5
+    position = torch.arange(length, device=q.device)
+    logits = logits.masked_fill(position > position[:, None], -torch.inf)
+    return logits.softmax(-1, dtype=torch.float32).sum((2, 3)) / group
+
+
+def compiled_column_sums() -> Callable[..., torch.Tensor]:
+    """The same through torch.compile, on inputs of which the first two count."""
+    compiled = torch.compile(torch_column_sums, dynamic=False)
+    return lambda x: compiled(x[0], x[1])
 
 
 def _submodule(package: str, name: str) -> Any:
