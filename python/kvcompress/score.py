@@ -146,6 +146,12 @@ def _(
 
 
 # --- what scores of keys and values share
+#
+# Torch's linear algebra on purpose, in float32 pieces of CHUNK entries: products with small matrices, norms and factorisations,
+# which are its business and bound by reading K and V once or twice. That is Compactor's sketch, Gram matrices, Cholesky
+# factors and attention inside chunks, CurDKV's row energies, the norms and anchors of Knorm and KeyDiff, Expected
+# Attention's moments and quadratic forms, and OBCache's output of the observing queries. What would write a map of
+# queries x keys instead is an op: `window_scores`, `column_sums`.
 
 CHUNK = 1024  # entries that are widened to float32 at a time
 

@@ -27,7 +27,8 @@ class ExpectedAttention(Method):
         - queries before RoPE are the cached dtype's rotated queries turned back, so in 16 bits they carry one more rounding.
         - sinks score +inf (official: the largest score of the batch plus 1); a share below `sink` entries is raised to it.
         - left padding counts in no statistic, and a row's own length decides its future positions.
-        - the same number of entries for every head; the paper's recommended head budgets need ragged heads.
+        - the same number of entries for every head; the head budgets that the paper recommends are `adakv` with this as its
+          `inner` (and an `epsilon` of 0.02, as there).
 
     Attributes:
         n_future: positions behind the prompt that the rotation is averaged over.
