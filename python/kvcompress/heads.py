@@ -9,9 +9,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from kvcompress.budget import Budget, Scores, entries
+from kvcompress.layer import LayerState
 from kvcompress.select import head_counts
 
-__all__ = ["AdaptiveHeads", "HeadBudget", "counts_in_global_top"]
+__all__ = ["AdaptiveHeads", "HeadBudget", "OneList", "counts_in_global_top"]
 
 
 class HeadBudget(Protocol):
@@ -162,3 +164,46 @@ def _whole(wanted: Tensor, totals: Tensor) -> Tensor:
     missing = totals - whole.long().sum(-1, keepdim=True)
     extra = (torch.arange(wanted.shape[1], device=wanted.device) < missing).long()
     return whole.long() + torch.zeros_like(extra).scatter_(1, order, extra)
+
+
+@dataclass(frozen=True)
+class OneList(Budget):
+    """All entries of all layers and heads compete in one list: a head keeps what it wins there, and all of them together
+    ``layers * heads * budget``.
+
+    For scores that mean the same everywhere. Forced entries are kept first; ties go to the earlier layer, the smaller head and the
+    smaller position. The first layers hold what the list of the layers so far leaves them, which only comes down, so a prompt
+    never holds much more than the total and the current layer. This waits for the device once a layer.
+
+    Attributes:
+        budget: mean entries a head: a count, or a share of the row's prompt.
+    """
+
+    budget: int | float
+    deferred = True
+    tightens = True
+    across_heads = True
+
+    def __post_init__(self) -> None:
+        entries(self.budget, 1)
+
+    def first(self, layer: LayerState, scores: Scores) -> list[int]:
+        """The most that a layer can win: all of the total."""
+        return [min(n, layer.num_layers * entries(self.budget, n)) for n in layer.lengths]
+
+    def measure(self, layer: LayerState, scores: Scores) -> Tensor:
+        return scores()
+
+    def settle_heads(
+        self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
+    ) -> list[list[list[int]]]:
+        device = measured[0].device
+        joint = torch.cat([scores.to(device) for scores in measured], dim=1)  # [batch, layers so far * heads, seq_len]
+        heads = measured[0].shape[1]
+        means = [min(length, max(entries(self.budget, length), floor)) for length in lengths]
+        totals = [
+            min((layers or len(measured)) * heads * mean, joint.shape[1] * length)
+            for mean, length in zip(means, lengths)
+        ]
+        won = counts_in_global_top(joint, totals).tolist()
+        return [[row[first : first + heads] for row in won] for first in range(0, len(won[0]) if won else 0, heads)]

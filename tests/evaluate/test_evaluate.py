@@ -100,6 +100,7 @@ def test_without_its_needle_everything_is_wrong(mini, samples, visible):
 
 def test_order_of_methods_and_batch_change_nothing(mini, samples):
     candidates = [FULL, make("snapkv", 0.3, window=16), make("squeeze_attention", 0.2), make("streaming_llm", 0.5)]
+    candidates += [make("auto", 0.1), make("adakv", 0.3), make("laqpp", 0.3)]  # heads of different counts, and a draft
 
     def results(order, batch):
         found = evaluate(*mini, samples[:6], order, batch=batch)

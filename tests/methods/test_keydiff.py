@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress.difference import key_difference
 from kvcompress.layer import LayerState
 from kvcompress.methods import create
-from kvcompress.methods.keydiff import key_difference
 from kvcompress.pipeline import Pipeline
 from tests.methods.scoring import DTYPES, LENGTHS, check, layer, widened
 

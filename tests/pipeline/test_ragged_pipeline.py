@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kvcompress.budget import Budget, Uniform
-from kvcompress.heads import AdaptiveHeads
+from kvcompress.budget import Uniform
+from kvcompress.heads import AdaptiveHeads, OneList
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline, Stages
 from kvcompress.ragged import RaggedStore
@@ -98,33 +98,6 @@ def test_two_cuts_equal_one(rounding, floor, lengths, device):
             once = Pipeline(replace(inner, budget=mean).stages(), 1).compress(alone(state, row))
             assert kept(store, row) == kept(once), (i, row)
             assert all(now <= then for now, then in zip(store.head_lengths[row], early[i][row]))
-
-
-@dataclass(frozen=True)
-class OneList(Budget):
-    """All entries of all layers and heads compete in one list."""
-
-    budget: int
-    tightens = True
-    deferred = True
-    across_heads = True
-
-    def first(self, layer, scores):
-        return [self.budget] * len(layer.lengths)
-
-    def measure(self, layer, scores):
-        return scores()
-
-    def settle_heads(self, measured, lengths, *, floor, layers=None):
-        joint = torch.stack(measured, 1)  # [batch, layers so far, heads, seq_len]
-        batch, seen, heads, _ = joint.shape
-        out = []
-        for row in range(batch):
-            flat = joint[row].flatten()
-            total = min(layers * heads * self.budget, seen * heads * lengths[row])
-            won = flat.argsort(descending=True, stable=True)[:total] // joint.shape[-1]
-            out.append(torch.bincount(won, minlength=seen * heads).view(seen, heads).tolist())
-        return [[out[row][i] for row in range(batch)] for i in range(seen)]
 
 
 @pytest.mark.parametrize("lengths", [[80], [80, 53]])

@@ -21,8 +21,6 @@ from kvcompress.when import EveryStep
 
 __all__ = ["Candidate", "Record", "evaluate"]
 
-_TIMED = 2  # samples of a candidate, length and mode that are timed: scored afresh and decoded token by token
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -104,6 +102,7 @@ def evaluate(
     *,
     question_visible: Sequence[bool] = (True, False),
     batch: int = 8,
+    timed: int = 2,
     done: Set[tuple[Any, ...]] = frozenset(),
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Record]:
@@ -123,6 +122,7 @@ def evaluate(
         candidates: methods with budgets.
         question_visible: which of the two modes.
         batch: most rows (caches, questions) in one forward.
+        timed: samples of a candidate, length and mode that are timed: scored afresh and decoded token by token.
         done: keys of records that are there already.
         on_step: is called with the number of measurements that were made or skipped.
 
@@ -130,7 +130,7 @@ def evaluate(
         One `Record` a sample, candidate and mode.
     """
     direct = {c for c in candidates if c.method is not None and not replayable(c.method, model.config)}
-    clock = _Clock()
+    clock = _Clock(timed)
     with attach(model), torch.inference_mode():
         for group in by_context(samples):
             todo = [
@@ -154,13 +154,14 @@ def _key(candidate: Candidate, sample: Sample, visible: bool) -> tuple[Any, ...]
 class _Clock:
     """Which measurements are timed: the first ones of each kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: int) -> None:
+        self._timed = timed
         self._counts: dict[Any, int] = {}
 
     def take(self, candidate: Candidate, sample: Sample, visible: bool) -> bool:
         key = (candidate, sample.length, visible)
         self._counts[key] = self._counts.get(key, 0) + 1
-        return self._counts[key] <= _TIMED
+        return self._counts[key] <= self._timed
 
 
 @dataclass
@@ -363,8 +364,13 @@ def _at_once(model: Any, pairs: Sequence[tuple[CompressedCache, Tokens]]) -> lis
 
 
 def _stacked(config: Any, caches: Sequence[CompressedCache], room: int) -> CompressedCache:
-    """Caches of the same prompt as the rows of one, with room for new tokens; nothing is evicted from it."""
-    if len(caches) == 1:
+    """Caches of the same prompt as the rows of one, with room for new tokens; nothing is evicted from it.
+
+    The same cache several times, of whatever store, becomes as many rows and is not fit for anything else then.
+    """
+    if all(cache is caches[0] for cache in caches):
+        if len(caches) > 1:
+            caches[0].batch_repeat_interleave(len(caches))
         return caches[0]
     out = CompressedCache(config)
     for index, layer in enumerate(out.layers):

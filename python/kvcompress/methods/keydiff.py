@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from kvcompress import budget, score, select
+from kvcompress.difference import KeyDifference, key_difference
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
@@ -37,6 +37,7 @@ class KeyDiff(Method):
     Attributes:
         block_size: entries a block (paper: 128); None: one shot.
         sink, window: first and last entries to keep in any case (paper: none); inside a block run they compete.
+        before_rope: looks at the keys with their rotation taken back, in which their position has no part. Not in the paper.
         decode: goes on evicting while decoding.
         every: while decoding, lets this many entries come together and then evicts them at once.
     """
@@ -44,43 +45,21 @@ class KeyDiff(Method):
     block_size: int | None = None
     sink: int = 0
     window: int = 0
+    before_rope: bool = False
     decode: bool = False
     every: int = 128
 
     def stages(self) -> Stages:
         blocks = None if self.block_size is None else KeyDifferenceInBlocks(self.budget, self.block_size)
+        if self.before_rope and (blocks or self.decode):
+            raise ValueError("keydiff: before_rope must be False in blocks and while decoding, got True")
         return Stages(
-            score=blocks or KeyDifference(),
+            score=blocks or KeyDifference(self.before_rope),
             budget=budget.Uniform(self.budget),
             select=select.TopK(sink=self.sink, window=self.window),
             when=EveryStep(every=self.every) if self.decode else Prefill(),
             decode=Rescored(KeyDifference()) if self.decode else None,
         )
-
-
-def key_difference(keys: Tensor) -> Tensor:
-    """``-cos(k_j, mean of the unit keys)`` ``[batch, heads, n]`` float32 of keys ``[batch, heads, n, head_dim]``."""
-    total = torch.zeros_like(keys[:, :, 0], dtype=torch.float32)
-    for part in keys.split(score.CHUNK, dim=2):
-        total += normalize(part.float(), dim=-1, eps=1e-12).sum(2)
-    anchor = normalize(total / keys.shape[2], dim=-1, eps=1e-8)[..., None]
-    return -score.by_chunks(lambda part: (normalize(part, dim=-1, eps=1e-8) @ anchor)[..., 0], keys)
-
-
-@dataclass(frozen=True)
-class KeyDifference:
-    """`key_difference` of all keys of a row at once."""
-
-    by_position = False
-    queries = 0
-    while_decoding = True
-
-    @score.row_by_row
-    def __call__(self, layer: LayerState) -> Tensor:
-        return key_difference(layer.keys)
-
-    def __str__(self) -> str:
-        return "keys, against their mean direction"
 
 
 @dataclass(frozen=True)

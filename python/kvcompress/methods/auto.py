@@ -1,0 +1,98 @@
+"""Auto: this library's own composition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcompress import score, select
+from kvcompress.difference import KeyDifference
+from kvcompress.heads import OneList
+from kvcompress.layer import LayerState
+from kvcompress.methods import Method, register
+from kvcompress.pipeline import Stages
+
+
+@register("auto", title="Auto", paper="none, found by search with kvcompress eval")
+@dataclass(frozen=True)
+class Auto(Method):
+    """Distinct keys, what the last queries look at, and recency, all entries of all layers and heads in one list.
+
+    ``score(j) = -cos(k_j, a) + attention * max over h, i of P[h, i, j] + recency * max(0, 1 - age_j / recent)``
+
+    with k_j the key before RoPE and a the mean of its head's unit keys; P the attention of the last `observers` prompt queries i in
+    the query heads h of the kv head; age_j the entries behind j. The best ``layers * heads * budget`` entries of the whole model
+    stay, first and last ones in any case. One pass, nothing calibrated, no second reading of the prompt.
+
+    Why these: one list over all layers and heads is worth more than any score (heads that retrieve keep most of their
+    entries, the others next to none). Distinct keys are what later questions look for, and they need no question to be known; RoPE
+    blurs the average of heads that turn fast. The attention adds what a visible question asks for. Recency keeps a question
+    together without forcing a window on every head. Every term is a share or a cosine, so the weights have no unit. They were
+    chosen on questions of 1024 tokens and confirmed on others of 2048 and 4096: docs in ``bench/auto.md``.
+
+    Attributes:
+        budget: mean entries a head keeps in a layer.
+        attention: weight of the attention; 0 looks at keys alone.
+        observers: last prompt queries that pay it.
+        recency: what the last entry has above old ones; two keys differ by at most 2.
+        recent: after how many entries that has faded, in a straight line.
+        sink, window: first and last entries that every head keeps.
+        before_rope: looks at keys with their rotation taken back; False for models whose rotation changes with the length.
+    """
+
+    attention: float = 2.0
+    observers: int = 16
+    recency: float = 0.5
+    recent: int = 128
+    sink: int = 4
+    window: int = 8
+    before_rope: bool = True
+
+    def stages(self) -> Stages:
+        return Stages(
+            score=Distinct(self.attention, self.observers, self.recency, self.recent, self.before_rope),
+            budget=OneList(self.budget),
+            select=select.TopK(sink=self.sink, window=self.window),
+        )
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The score of `Auto`."""
+
+    attention: float
+    observers: int
+    recency: float
+    recent: int
+    before_rope: bool = True
+    by_position = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("attention", 0), ("observers", 1), ("recency", 0), ("recent", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"auto: {name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def queries(self) -> int:
+        return self.observers if self.attention else 0
+
+    @score.row_by_row
+    def __call__(self, layer: LayerState) -> Tensor:
+        scores = KeyDifference(self.before_rope)(layer)
+        if self.attention and layer.seq_len:
+            scores += self.attention * score.window_scores(
+                layer.window(self.observers),
+                layer.keys,
+                num_scored=layer.seq_len,
+                window_reduce="max",
+                group_reduce="max",
+                softmax_scale=layer.softmax_scale,
+            )
+        age = torch.arange(layer.seq_len - 1, -1, -1, device=layer.device)
+        return scores + self.recency * (1 - age / self.recent).clamp_min(0)
+
+    def __str__(self) -> str:
+        seen = f", attention of the last {self.observers} prompt tokens" if self.attention else ""
+        return f"{KeyDifference(self.before_rope)}{seen}, recency"
