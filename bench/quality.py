@@ -1,6 +1,7 @@
 """The board: every method of the registry on kvc-mini, at four budgets, question visible and hidden, beside the peers' figures.
 
     python bench/quality.py --jobs 2                 # measures; writes bench/results/quality_kvc_mini.json
+    python bench/quality.py --jobs 16 --device cuda  # the same on a GPU
     python bench/quality.py --table                  # that file as the README's table
     python bench/quality.py --plot board.png         # accuracy over entries kept
 
@@ -35,11 +36,18 @@ PEERS = {
     "streaming": "streaming_llm:rolling=False",
     "random": "random",
     "lagkv": "lagkv",
-    "adakv_snapkv": "adakv",
+    "adakv_snapkv": "adakv+snapkv:window=64:kernel_size=5:pool=avg:window_reduce=mean:floor=0.2:rounding=safeguard",
+    "adakv_expected": "adakv+expected_attention:floor=0.2:rounding=safeguard",
     "kvzip": "kvzip",
 }
 # Beside the defaults: settings that suit this model's short questions, and one of several methods together.
-MORE = ("squeeze_attention+snapkv:window=16", "zigzagkv+snapkv:window=16", "chunkkv:window=16", "obcache:window=16")
+MORE = (
+    "squeeze_attention+snapkv:window=16", "zigzagkv+snapkv:window=16", "chunkkv:window=16", "obcache:window=16",
+    "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0",
+)  # fmt: skip
+# Not a line each: what evicts while decoding is the same at the end of the prompt, where these answers begin.
+LATER = ("prefill_decode", "while_decoding", "morphkv")
+TIMED_AT = 0.1  # the share at which methods are timed, by a process alone
 
 
 def board(words: str | None) -> list[str]:
@@ -49,7 +57,7 @@ def board(words: str | None) -> list[str]:
     if words:
         return words.split(",")
     peers = [name for name in PEERS.values() if name.split(":")[0] in known]
-    return list(dict.fromkeys([*known, *peers, *MORE]))
+    return list(dict.fromkeys([*(name for name in known if name not in LATER), *peers, *MORE]))
 
 
 _worker: dict = {}
@@ -82,8 +90,21 @@ def work(job: tuple) -> list[dict]:
         question_visible=modes,
         done=done,
         batch=16,
+        timed=0,
     )
     return [record.to_dict() for record in found]
+
+
+def times(args: argparse.Namespace, group: list) -> dict[str, dict]:
+    """Seconds of every method on one question at `TIMED_AT`, in this process, with nothing beside it; after a warm-up."""
+    from kvcompress.evaluate import evaluate
+
+    start(argparse.Namespace(**{**vars(args), "keep": [TIMED_AT]}), args.threads or os.cpu_count() or 1)
+    model, tokenizer, candidates = (_worker[name] for name in ("model", "tokenizer", "candidates"))
+    for timed in (0, 1):
+        found = evaluate(model, tokenizer, group[:1], candidates, question_visible=[False], timed=timed)
+        seconds = {r.method: {n: getattr(r, n) for n in ("prefill_s", "compress_s", "decode_s")} for r in found}
+    return seconds
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -103,6 +124,7 @@ def measure(args: argparse.Namespace) -> dict:
     jobs.sort(key=lambda job: -job[0][0].length)
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     started = time.perf_counter()
+    seconds = {} if args.no_times else times(args, groups[0])
     with (
         args.records.open("a") as sink,
         multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool,
@@ -122,6 +144,9 @@ def measure(args: argparse.Namespace) -> dict:
     for line in lines:
         own = tasks[line["method"], line["budget"], line["length"], line["question_visible"]]
         line["tasks"] = {task: round(sum(right) / len(right), 4) for task, right in own.items()}
+        timed_at = 1.0 if line["method"] == "full" else TIMED_AT
+        if line["budget"] == timed_at and line["length"] == args.lengths[0] and not line["question_visible"]:
+            line.update(seconds.get(line["method"], {}))
         for name, value in line.items():
             line[name] = round(value, 5) if isinstance(value, float) else value
     order = {name: place for place, name in enumerate(["full", *board(args.methods)])}
@@ -200,6 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each holds the model")
     parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--no-times", action="store_true", help="leave out the timing of each method")
     parser.add_argument("--records", type=Path, default=RESULTS / "quality_kvc_mini.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_kvc_mini.json")
     parser.add_argument("--table", action="store_true", help="print --out as Markdown and end")
