@@ -18,7 +18,7 @@ from kvcompress.pipeline import Stages
 @register("auto", title="Auto", paper="none, found by search with kvcompress eval")
 @dataclass(frozen=True)
 class Auto(Method):
-    """Distinct keys, what the last queries look at, and recency, all entries of all layers and heads in one list.
+    """Distinct keys, what the last queries look at, and recency; all entries of all layers and heads compete in one list.
 
     ``score(j) = -cos(k_j, a) + attention * max over h, i of P[h, i, j] + recency * max(0, 1 - age_j / recent)``
 
@@ -30,7 +30,7 @@ class Auto(Method):
     entries, the others next to none). Distinct keys are what later questions look for, and they need no question to be known; RoPE
     blurs the average of heads that turn fast. The attention adds what a visible question asks for. Recency keeps a question
     together without forcing a window on every head. Every term is a share or a cosine, so the weights have no unit. They were
-    chosen on questions of 1024 tokens and confirmed on others of 2048 and 4096: docs in ``bench/auto.md``.
+    chosen on questions of 1024 tokens and confirmed on others of 2048 and 4096: ``bench/auto.md``.
 
     Attributes:
         budget: mean entries a head keeps in a layer.
