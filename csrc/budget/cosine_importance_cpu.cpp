@@ -27,8 +27,6 @@ KVC_INLINE Sums token_sums(const T* h, const T* a, int64_t hidden, bool is_updat
   constexpr int kParts = kRunning / kLanes;
   Floats dot[kParts] = {}, before[kParts] = {}, after[kParts] = {};
   const auto add = [&](const T* at_h, const T* at_a, bool update) KVC_LAMBDA_INLINE {
-    __builtin_prefetch(reinterpret_cast<const char*>(at_h) + kAheadBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAheadBytes);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; ++part) {
       const Floats x = load_floats<kLanes>(at_h + part * kLanes);
@@ -39,11 +37,16 @@ KVC_INLINE Sums token_sums(const T* h, const T* a, int64_t hidden, bool is_updat
       after[part] += y * y;
     }
   };
+  const auto add_ahead = [&](const T* at_h, const T* at_a, bool update) KVC_LAMBDA_INLINE {
+    __builtin_prefetch(reinterpret_cast<const char*>(at_h) + kAheadBytes);
+    __builtin_prefetch(reinterpret_cast<const char*>(at_a) + kAheadBytes);
+    add(at_h, at_a, update);
+  };
   int64_t i = 0;
   if (is_update) {
-    for (; i + kRunning <= hidden; i += kRunning) add(h + i, a + i, true);
+    for (; i + kRunning <= hidden; i += kRunning) add_ahead(h + i, a + i, true);
   } else {
-    for (; i + kRunning <= hidden; i += kRunning) add(h + i, a + i, false);
+    for (; i + kRunning <= hidden; i += kRunning) add_ahead(h + i, a + i, false);
   }
   if (i < hidden) {  // the rest beside zeros, which add nothing
     T rest_h[kRunning] = {}, rest_a[kRunning] = {};
