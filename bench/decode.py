@@ -98,7 +98,9 @@ def steps(args):
     model = build(LLAMA_8B, args.layers, "cuda", torch.bfloat16)
     budget, full, prompt = args.budget, args.full, args.budget + 512
     variants = {}
-    held = budget - ROUNDS * (REPLAYS + 1) // 2  # so that the dense store holds `budget` entries in the middle of the run
+    held = (
+        budget - ROUNDS * (REPLAYS + 1) // 2
+    )  # so that the dense store holds `budget` entries in the middle of the run
     for name, cache, length in (
         ("StaticCache SDPA, full", StaticCache(config=model.config, max_cache_len=full + 256), full),
         ("StaticCache SDPA, dense", StaticCache(config=model.config, max_cache_len=budget), budget // 2),

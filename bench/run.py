@@ -200,7 +200,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.warm:
             case = warmed(case)
         begin = time.monotonic()
-        result = measured(case, device, args, other)
+        try:
+            result = measured(case, device, args, other)
+        except (
+            RuntimeError
+        ) as error:  # out of memory, or a kernel that failed: what was measured so far is still written
+            missing.append({"op": case.op, "case": case.label, "variant": "all", "why": str(error).splitlines()[0]})
+            print(f"\n{case.op}  {case.label}  not measured: {missing[-1]['why']}")
+            if "CUDA error" in str(error):
+                break  # nothing runs in this process any more
+            continue
         own = rows_of(case, stage, result, case.floor(limit), target)
         show(case, own, result["absent"], target, time.monotonic() - begin)
         rows += own
@@ -234,6 +243,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nwritten: {path}")
         if args.plot or args.save:
             print(f"drawn: {', '.join(str(p) for p in report.draw(figures, path))}")
+    broken = [entry for entry in missing if entry["variant"] == "all"]
+    if broken:
+        sys.exit(
+            f"bench: {len(broken)} cases failed, the first: {broken[0]['op']} {broken[0]['case']}: {broken[0]['why']}"
+        )
 
 
 if __name__ == "__main__":
