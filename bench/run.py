@@ -156,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--core", action="store_true", help="only the table of the core ops")
     form.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     form.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians on a GPU, best on a CPU")
+    form.add_argument("--limit", type=float, metavar="SECONDS", help="start no case later than this")
     form.add_argument("--quick", action="store_true", help="the smallest shapes, no torch.compile")
     form.add_argument("--warm", action="store_true", help="inputs stay in the cache; floors likewise")
     form.add_argument("--untested", action="store_true", help="do not run the tests first; the report says so")
@@ -196,10 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = device_name(device)
     print(f"{name}, torch {torch.__version__}, kvcompress {kvcompress.__version__}\nceilings measured now: {limit}")
     rows, missing = [], []
+    started = time.monotonic()
     for stage, case in wanted:
         if args.warm:
             case = warmed(case)
         begin = time.monotonic()
+        if args.limit and begin - started > args.limit:
+            missing.append({"op": case.op, "case": case.label, "variant": "any", "why": f"--limit {args.limit:.0f} s"})
+            continue
         try:
             result = measured(case, device, args, other)
         except (
