@@ -89,7 +89,7 @@ def work(job: tuple) -> list[dict]:
         _worker["candidates"],
         question_visible=modes,
         done=done,
-        batch=16,
+        batch=64,
         timed=0,
     )
     return [record.to_dict() for record in found]
