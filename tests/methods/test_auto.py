@@ -1,0 +1,87 @@
+"""Auto: its score against float64, the one list over layers and heads, and that it finds what a visible question asks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvcompress.layer import LayerState
+from kvcompress.methods import create
+from kvcompress.pipeline import Pipeline
+from tests.methods.scoring import DTYPES, LENGTHS, check, layer, widened
+from tests.reference.rotary import rope
+
+
+def reference_of(score):
+    def reference(state: LayerState):
+        length, heads = state.seq_len, state.keys.shape[1]
+        keys = state.keys
+        if score.before_rope:
+            keys = rope(keys, -torch.arange(length, device=state.device), state.inv_freq)
+        unit = keys / keys.norm(dim=-1, keepdim=True)
+        anchor = unit.mean(2, keepdim=True)
+        scores = -(unit * anchor / anchor.norm(dim=-1, keepdim=True)).sum(-1)
+        if score.attention:
+            queries = state.queries[:, :, -score.observers :]
+            logits = queries @ state.keys.repeat_interleave(queries.shape[1] // heads, 1).mT * state.softmax_scale
+            later = torch.ones(length, length, dtype=torch.bool, device=state.device).triu(1)[-queries.shape[2] :]
+            seen = logits.masked_fill(later, -torch.inf).softmax(-1)
+            scores = scores + score.attention * seen.unflatten(1, (heads, -1)).amax((2, 3))
+        for age in range(min(score.recent, length)):
+            scores[:, :, length - 1 - age] += score.recency * (1 - age / score.recent)
+        return scores
+
+    return reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "parameters", [{}, {"attention": 0}, {"before_rope": False}, {"observers": 3, "recent": 5, "recency": 1.5}]
+)
+def test_scores(dtype, parameters, device):
+    score = create("auto", budget=0.5, **parameters).stages().score
+    check(score, reference_of(score), layer(LENGTHS, dtype=dtype, device=device))
+    check(score, reference_of(score), layer([1500, 1500], dtype=dtype, device=device))  # more than one chunk
+
+
+@pytest.mark.parametrize("budget", [20, 0.2, 1.0])
+@pytest.mark.parametrize("lengths", [[120, 120], [120, 40, 5]])
+def test_all_layers_and_heads_share_one_total(budget, lengths, device):
+    layers, method = 4, create("auto", budget=budget)
+    pipeline = Pipeline(method.stages(), layers)
+    states = []
+    for index in range(layers):
+        state = layer(lengths, dtype=torch.float32, device=device, index=index)
+        spread = torch.tensor([4.0, 0.2], device=device)[:, None, None] * (1 + index)
+        offset = torch.ones(32, device=device) * 3
+        states.append(replace(state, keys=state.keys * spread + offset, num_layers=layers))
+    stores = [pipeline.compress(state) for state in states]
+    assert not pipeline.is_waiting
+    for row, length in enumerate(lengths):
+        mean = budget if isinstance(budget, int) else int(budget * length)
+        mean = min(length, max(mean, method.sink + method.window))
+        counts = [store.head_lengths[row] for store in stores]
+        assert sum(map(sum, counts)) == layers * 2 * mean
+        forced = [*range(min(4, length)), *range(max(0, length - 8), length)]
+        for store in stores:
+            for line in store.padded_positions()[row].tolist():
+                assert set(forced) <= set(line)
+        if method.sink + method.window < mean < length:
+            assert len({n for head in counts for n in head}) > 1
+    alone = Pipeline(method.stages(), layers)
+    single = [alone.compress(widened(state, 1, torch.float32)) for state in states]
+    for one, batch in zip(single, stores):
+        mine = [line[line >= 0].tolist() for line in one.padded_positions()[0]]
+        assert mine == [line[line >= 0].tolist() for line in batch.padded_positions()[1]]
+
+
+def test_refused():
+    for name, value in (("attention", -1), ("observers", 0), ("recency", -0.1), ("recent", 0)):
+        with pytest.raises(ValueError, match=f"auto: {name} must be at least"):
+            create("auto", budget=0.5, **{name: value})
+    state = replace(layer([40], dtype=torch.float32, device="cpu"), inv_freq=None)
+    with pytest.raises(ValueError, match="inv_freq must be given"):
+        Pipeline(create("auto", budget=0.5).stages(), 1).compress(state)
+    assert Pipeline(create("auto", budget=0.5, before_rope=False).stages(), 1).compress(state).lengths == [20]
