@@ -26,19 +26,14 @@ METHODS = {
 }
 
 
-def eager(model):
-    """`generate()` compiles compileable caches on CUDA by itself; these tests say where."""
-    return {"disable_compile": True} if model.device.type == "cuda" else {}
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_tokens_as_the_growing_cache(dense, name):
+def test_the_same_tokens_as_the_growing_cache(llama, name):
     method = METHODS[name]
-    rows = [prompt(dense, n, seed=n) for n in (90, 61, 40)]
+    rows = [prompt(llama, n, seed=n) for n in (90, 61, 40)]
     ids, mask = padded(rows)
-    fixed = FixedCache(dense.config, method, room=64)
-    tokens, logits = generate(dense, fixed, ids, 40, attention_mask=mask, **eager(dense))
-    expected, wanted = generate(dense, cache_of(dense, method), ids, 40, attention_mask=mask)
+    fixed = FixedCache(llama.config, method, room=64)
+    tokens, logits = generate(llama, fixed, ids, 40, attention_mask=mask)
+    expected, wanted = generate(llama, cache_of(llama, method), ids, 40, attention_mask=mask)
     assert torch.equal(tokens, expected)
     assert torch.allclose(logits, wanted, atol=2e-3)
     fixed.check_room()
@@ -48,15 +43,15 @@ def test_the_same_tokens_as_the_growing_cache(dense, name):
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "morphkv"])
 def test_a_second_prompt_uses_the_same_buffers(llama, name):
     cache = FixedCache(llama.config, METHODS[name], room=32)
-    first, _ = generate(llama, cache, prompt(llama, 90), **eager(llama))
+    first, _ = generate(llama, cache, prompt(llama, 90))
     before = [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
     nbytes = cache.stats().nbytes
     cache.reset()
-    generate(llama, cache, prompt(llama, 123, seed=4), **eager(llama))
+    generate(llama, cache, prompt(llama, 123, seed=4))
     assert before == [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
     assert nbytes == cache.stats().nbytes
     cache.reset()
-    again, _ = generate(llama, cache, prompt(llama, 90), **eager(llama))
+    again, _ = generate(llama, cache, prompt(llama, 90))
     assert torch.equal(first, again)
 
 
@@ -64,7 +59,7 @@ def test_a_second_prompt_uses_the_same_buffers(llama, name):
 def test_beams(llama, name):
     ids = prompt(llama)
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    tokens, _ = generate(llama, FixedCache(llama.config, METHODS[name], room=32), ids, **beams, **eager(llama))
+    tokens, _ = generate(llama, FixedCache(llama.config, METHODS[name], room=32), ids, **beams)
     expected, _ = generate(llama, cache_of(llama, METHODS[name]), ids, **beams)
     assert torch.equal(tokens, expected)
 
@@ -72,15 +67,43 @@ def test_beams(llama, name):
 def test_drafts(llama):
     """Prompt lookup gives the same tokens where a method can take drafts back, and is refused where it cannot."""
     ids = prompt(llama)
-    drafted, _ = generate(
-        llama, FixedCache(llama.config, SNAPKV, room=64), ids, 20, prompt_lookup_num_tokens=4, **eager(llama)
-    )
+    drafted, _ = generate(llama, FixedCache(llama.config, SNAPKV, room=64), ids, 20, prompt_lookup_num_tokens=4)
     expected, _ = generate(llama, cache_of(llama, SNAPKV), ids, 20, prompt_lookup_num_tokens=4)
     assert torch.equal(drafted, expected)
     with attach(llama), pytest.raises(NotImplementedError, match="evicts entries while decoding"):
         llama.generate(
             ids, past_key_values=FixedCache(llama.config, METHODS["h2o"]), prompt_lookup_num_tokens=4, max_new_tokens=4
         )
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "morphkv", "streaming_llm", "sliding_window"])
+def test_a_long_stream_stays_in_its_buffers(llama, name):
+    """300 tokens, ten times the budget: the same buffers, the same bytes, finite answers, the newest token among the entries."""
+    cache = FixedCache(llama.config, METHODS[name])
+    with attach(llama), torch.no_grad():
+        logits = llama(prompt(llama, 50), past_key_values=cache).logits[:, -1:]
+        before = [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
+        nbytes = cache.stats().nbytes
+        for _ in range(300):
+            logits = llama(logits.argmax(-1), past_key_values=cache).logits[:, -1:]
+    assert torch.isfinite(logits).all()
+    assert before == [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
+    assert cache.stats().nbytes == nbytes
+    assert cache.stats().logical_tokens == 350
+    for layer in range(len(cache.layers)):
+        assert (cache.positions(layer).amax(-1) == 349).all()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "morphkv"])
+def test_generate_compiles_by_itself(llama, name):
+    """Where the cache says so, `generate()` compiles the decode steps on CUDA; the tokens stay."""
+    if llama.device.type != "cuda":
+        pytest.skip("generate() compiles on a GPU only")
+    ids = prompt(llama)
+    cache = FixedCache(llama.config, METHODS[name], room=64, compiles=True)
+    tokens, _ = generate(llama, cache, ids, 24)
+    expected, _ = generate(llama, cache_of(llama, METHODS[name]), ids, 24)
+    assert torch.equal(tokens, expected)
 
 
 def greedy(model, cache, step, ids, new):
@@ -126,7 +149,7 @@ def test_what_it_cannot_do_is_refused(model):
     with pytest.raises(NotImplementedError, match="drafts before it cuts"):
         FixedCache(model.config, create("laq", budget=64))
     cache = FixedCache(model.config, SNAPKV, room=3)
-    generate(model, cache, prompt(model), 8, **eager(model))
+    generate(model, cache, prompt(model), 8)
     with pytest.raises(RuntimeError, match="got 4 tokens too many"):
         cache.check_room()
 

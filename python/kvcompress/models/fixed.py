@@ -97,7 +97,7 @@ class FixedCache(CompressedCache):
     method evicts while decoding, that of the entry that matters least; counters live on the device, and each step is the
     same launches of the same shapes. So the decode step of an unmodified model compiles with ``fullgraph=True`` and can be
     captured in a CUDA graph, once for all prompts: the buffers keep their addresses over `reset()`, as long as batch and
-    capacity stay the same. `generate()` compiles by itself on CUDA, as for any compileable cache.
+    capacity stay the same.
 
     Tokens behind the prompt must all be real (no padding), and are taken 8 at a time; where entries are overwritten, a
     token of a forward of several already displaces older ones before the next eight attend.
@@ -110,6 +110,7 @@ class FixedCache(CompressedCache):
         capacity: slots of a layer, the same for every prompt; None: as many as the prompt at hand needs. With a budget in
             entries that is the same for all.
         chunked_prefill: the prompt comes in several forwards and ends with `finish_prompt()`.
+        compiles: `generate()` compiles the decode steps by itself on CUDA, as it does for every cache that says so.
 
     Raises:
         ValueError: a method whose evictions are no single overwritten slots (see `kvcompress.fixed.Turnover`).
@@ -131,9 +132,10 @@ class FixedCache(CompressedCache):
         room: int = 256,
         capacity: int | None = None,
         chunked_prefill: bool = False,
+        compiles: bool = False,
     ) -> None:
         turnover = Turnover() if method is None else Turnover.of(method.stages())
-        self.room, self.capacity = room, capacity
+        self.room, self.capacity, self.compiles = room, capacity, compiles
         self._fixed: list[FixedLayer] | None = None  # while decoding
         self._turnover = turnover
         super().__init__(config, method, chunked_prefill=chunked_prefill, reserve=8)
@@ -150,8 +152,8 @@ class FixedCache(CompressedCache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether decode steps may be compiled."""
-        return not any(layer.record_past for layer in self._compressed)
+        """Whether `generate()` is to compile the decode steps."""
+        return self.compiles and not any(layer.record_past for layer in self._compressed)
 
     @property
     def is_decoding(self) -> bool:
