@@ -195,6 +195,55 @@ def table(result: dict, length: int) -> str:
     return "\n".join(rows)
 
 
+# Lines of the picture: ours by its words, and the peers' best by their names.
+DRAWN = {
+    "auto": "C0", "keydiff": "C1", "snapkv:window=16:kernel_size=5:pool=avg:window_reduce=mean": "C2", "lava": "C3",
+    "squeeze_attention+snapkv:window=16": "C4", "h2o": "C5", "streaming_llm:rolling=False": "C6", "random": "0.6",
+}  # fmt: skip
+DRAWN_PEERS = {"kvzip": "C7", "keydiff": "C1", "snapkv_w16": "C2", "adakv_snapkv": "C8"}
+
+
+def draw(result: dict, path: Path) -> None:
+    """Accuracy over the share of entries kept, a panel a length and mode; lines are ours, crosses are peers' figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [x for x in result["lines"] if x["method"] in (*DRAWN, "full")]
+    panels = sorted({(x["length"], x["question_visible"]) for x in lines}, key=lambda p: (p[0], not p[1]))
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (length, visible) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        here = [x for x in lines if (x["length"], x["question_visible"]) == (length, visible)]
+        panel.axhline(next(100 * x["accuracy"] for x in here if x["method"] == "full"), color="black", linewidth=0.8)
+        for method, color in DRAWN.items():
+            own = sorted((x for x in here if x["method"] == method), key=lambda x: x["kept"])
+            kept = [100 * x["kept"] for x in own]
+            panel.plot(
+                kept,
+                [100 * x["accuracy"] for x in own],
+                color=color,
+                marker="o",
+                markersize=3,
+                label=method.split(":")[0],
+            )
+            panel.fill_between(
+                kept, *([100 * x[n] for x in own] for n in ("low", "high")), color=color, alpha=0.12, linewidth=0
+            )
+        for peer, color in DRAWN_PEERS.items():
+            own = [x for x in peers() if (x["method"], x["length"], x["question_visible"]) == (peer, length, visible)]
+            panel.plot(
+                [100 * x["keep"] for x in own], [100 * x["accuracy"] for x in own], color=color, marker="x", linestyle="",
+                label=f"{peer} of a peer",
+            )  # fmt: skip
+        panel.set(xscale="log", xlabel="entries kept, %", ylim=(0, 102))
+        panel.set_xticks([5, 10, 25, 50], labels=["5", "10", "25", "50"], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.set_title(f"{length} tokens, question {'visible' if visible else 'hidden'}", fontsize=10)
+    panel.legend(fontsize=6, loc="lower right")
+    figure.axes[0].set_ylabel("exact match, %")
+    figure.savefig(path, dpi=80)
+
+
 def behind(result: dict) -> list[str]:
     """Where a peer's figure for the same method is above our interval."""
     found = []
@@ -237,9 +286,7 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1)[:-2] + f',\n "lines": [\n  {rows}\n ]\n}}\n')
     result = json.loads(args.out.read_text())
     if args.plot:
-        from kvcompress.cli.plot import draw_quality
-
-        draw_quality(args.plot, result["lines"], [])
+        draw(result, args.plot)
         return
     for length in args.lengths:
         if any(x["length"] == length for x in result["lines"]):

@@ -107,6 +107,14 @@ def test_tune_finds_the_border_and_its_profile_loads(run, tmp_path):  # noqa: F8
     assert json.loads(result.stdout)["parameters"] == str(method)
 
 
+def test_tune_tries_splits_over_layers_and_heads():
+    from kvcompress.cli.tune import _METHODS, _make
+
+    made = [_make(name, 0.1).stages() for name in _METHODS.split(",")]
+    assert any(stages.is_ragged for stages in made)
+    assert any(stages.budget.wants_residual for stages in made)
+
+
 def test_nothing_under_the_bound(run, checkpoint):  # noqa: F811
     words = (
         "tune",

@@ -17,10 +17,10 @@ from kvcompress.cli.report import size
 
 __all__ = ["tune"]
 
-# One of each kind of score, and layer splits of the best of them.
+# One of each kind of score, splits of the best of them over layers and heads, and the one list over both.
 _METHODS = (
     "snapkv:window=16,keydiff,tova,h2o,expected_attention,pyramidkv:window=16,squeeze_attention+snapkv:window=16,"
-    "zigzagkv+snapkv:window=16,streaming_llm:rolling=False"
+    "zigzagkv+snapkv:window=16,adakv+snapkv:window=16,auto,streaming_llm:rolling=False"
 )
 
 
