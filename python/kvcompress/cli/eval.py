@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.console import Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from kvcompress.cli import choose
 from kvcompress.cli.console import fail, notes, print_json, results
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["candidates", "evaluate", "load_records", "pick_samples", "table"]
 
+_LONG = 100  # tokens of question and answer from which on the table says what a cache held at the end
+_ABOUT = """accuracy: mean over tasks with its interval over contexts; as full: the same first choice as the full cache.
+question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not.
+Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."""
 _BUNDLED = {2048: "tasks/shared_2048.jsonl.gz", 4096: "tasks/shared_4096.jsonl.gz"}
 
 
@@ -155,7 +161,7 @@ def evaluate(
         )
     else:
         if lines:
-            results().print(table(lines))
+            _print_whole(table(lines))
         if others:
             results().print(_foreign_table(others))
 
@@ -230,6 +236,14 @@ def pick_samples(
     return first(out, limit)
 
 
+def _print_whole(shown: Group) -> None:
+    """Prints tables in all their width, however narrow the window is."""
+    out = results()
+    width, out.width = out.width, 1000
+    out.width = max(width, out.measure(shown).maximum)
+    out.print(shown)
+
+
 def _require_lm_eval() -> None:
     from importlib.util import find_spec
 
@@ -296,39 +310,35 @@ def load_records(path: Path) -> list[Record]:
     return records
 
 
-def table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Means over tasks, one line a method, budget, length and mode."""
-    shown = Table(box=box.SIMPLE_HEAD, title="accuracy: mean over tasks, with its 95 % interval over contexts")
-    shown.caption = (
-        "question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not. "
-        "Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."
-    )
-    for heading in ("question", "tokens", "method", "budget", "accuracy", "95 %", "same as full", "KL", "ppl", "entries",
-                    "at end", "bytes", "prefill", "decode"):  # fmt: skip
-        shown.add_column(heading, justify="left" if heading in ("question", "method") else "right", no_wrap=True)
-    last = None
-    for line in lines:
-        if last is not None and last != (line["question_visible"], line["length"]):
-            shown.add_section()
-        last = (line["question_visible"], line["length"])
-        prefill = None if line["prefill_s"] is None else line["prefill_s"] + line["compress_s"]
-        shown.add_row(
-            "visible" if line["question_visible"] else "hidden",
-            f"{line['prompt_tokens']:.0f}",
-            line["method"],
-            "" if line["method"] == "full" else f"{line['budget']}",
-            f"{100 * line['accuracy']:.1f}",
-            f"{100 * line['low']:.0f} – {100 * line['high']:.0f}",
-            f"{100 * line['agreement']:.1f}",
-            f"{line['kl']:.3f}",
-            f"{line['perplexity']:.2f}" if line["perplexity"] < 1e4 else f"{line['perplexity']:.0e}",
-            f"{line['entries']:.0f} ({100 * line['kept']:.1f} %)",
-            f"{line['end_entries']:.0f}",
-            size(line["bytes"]),
-            "" if prefill is None else f"{prefill:.2f} s",
-            "" if line["decode_s"] is None else f"{1000 * line['decode_s']:.1f} ms",
-        )
-    return shown
+def table(lines: Sequence[Mapping[str, Any]]) -> Group:
+    """Means over tasks, a table a length and mode, a line a method and budget."""
+    long = any(line["end_entries"] - line["entries"] > _LONG for line in lines)
+    kinds = dict.fromkeys((line["question_visible"], line["length"]) for line in lines)
+    tables = []
+    for visible, length in kinds:
+        own = [line for line in lines if (line["question_visible"], line["length"]) == (visible, length)]
+        shown = Table(box=box.SIMPLE_HEAD, title_justify="left")
+        shown.title = f"question {'visible' if visible else 'hidden'}, {own[0]['prompt_tokens']:.0f} tokens compressed"
+        for heading in ("method", "budget", "accuracy, 95 %", "as full", "KL", *(("ppl", "at end") if long else ()), "entries",
+                        "bytes", "prefill", "decode"):  # fmt: skip
+            shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        for line in own:
+            prefill = None if line["prefill_s"] is None else line["prefill_s"] + line["compress_s"]
+            perplexity = f"{line['perplexity']:.2f}" if line["perplexity"] < 1e4 else f"{line['perplexity']:.0e}"
+            shown.add_row(
+                line["method"],
+                "" if line["method"] == "full" else f"{line['budget']}",
+                f"{100 * line['accuracy']:.1f}  {100 * line['low']:3.0f} – {100 * line['high']:3.0f}",
+                f"{100 * line['agreement']:.1f}",
+                f"{line['kl']:.3f}",
+                *((perplexity, f"{line['end_entries']:.0f}") if long else ()),
+                f"{line['entries']:.0f} ({100 * line['kept']:.1f} %)",
+                size(line["bytes"]),
+                "" if prefill is None else f"{prefill:.2f} s",
+                "" if line["decode_s"] is None else f"{1000 * line['decode_s']:.1f} ms",
+            )
+        tables.append(shown)
+    return Group(*tables, Text(_ABOUT, style="italic"))
 
 
 def _compare(a: Sequence[Record], b: Sequence[Record], as_json: bool) -> None:
