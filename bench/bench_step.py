@@ -37,7 +37,7 @@ def step_case(device: torch.device, batch: int, length: int, window: int, *, lse
         kvcompress.compact_([x[1], x[2]], kvcompress.topk(scores, K, window=window))
 
     moved = 2 * batch * heads * K * dim * 2
-    scoring = passes(batch, heads, window * LAYER.q_per_kv, dim, length, 2, lse=lse)
+    scoring = passes(batch, heads, window * LAYER.q_per_kv, dim, length, 2, lse=lse or device.type == "cpu")
     rows = batch * heads
     return Case(
         op="step" + (", lse given" if lse else ""),

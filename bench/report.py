@@ -134,8 +134,9 @@ def table(figures: dict) -> str:
             others.append(f"its parts in graphs {number(sum(row[statistic] for row in parts))}")
         name, _, form = OURS.get(op, op).partition(",")
         lines.append(
-            f"| `{name}`{form} | {label} | {number(best[statistic])} | {number(graph[statistic]) if graph else ''} "
-            f"| {best['floor_ratio']:.2f} | {', '.join(others)} |"
+            f"| `{name}`{form} | {label} | {number(best[statistic])} |"
+            + f" {number(graph[statistic]) if graph else ''} |" * graphs
+            + f" {best['floor_ratio']:.2f} | {', '.join(others)} |"
         )
     where = f"{figures['device']}, torch {figures['torch']}, {figures['date']}"
     how = "best" if kind == "cpu" else "median"
