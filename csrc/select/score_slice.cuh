@@ -23,10 +23,9 @@ __device__ __forceinline__ uint32_t key_of(float score) {
 // of 16 bytes at or before the row, so that four neighbours are one load; they fit 32 bits.
 struct Slice {
   const float4* scores;
-  uint32_t begin, end;           // of the row's competing entries
-  uint32_t first_chunk, chunks;  // of this block
-  uint32_t inner_begin,
-      inner_end;  // chunks of this block that lie inside [begin, end) whole, counted from its first
+  uint32_t begin, end;              // of the row's competing entries
+  uint32_t first_chunk, chunks;     // of this block
+  uint32_t inner_begin, inner_end;  // those that lie inside [begin, end) whole, from its first
 
   // Of the entries [begin, end) of a row, the part of one block of kBlocks.
   template <uint32_t kBlocks>

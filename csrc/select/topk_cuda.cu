@@ -22,32 +22,29 @@
 
 #include "device/launch.cuh"
 #include "device/limits.cuh"
-#include "select/score_slice.cuh"
+#include "select/slice_bits.cuh"
 #include "select/topk.h"
 
 namespace kvc {
 namespace {
 
-constexpr int kCandidates = 6144;   // most keys that are passed round
-constexpr int kGroup = kWarp * 32;  // entries whose bits a warp turns into positions at once
+constexpr int kCandidates = 6144;  // most keys that are passed round
 
 template <int kBlocks_, int kThreads_, bool kHasBits_>
 struct Traits {
   static constexpr int kBlocks = kBlocks_;  // of a cluster
   static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr bool kHasBits =
-      kHasBits_;  // bits fit shared memory; else keys are read a third time
+  static constexpr bool kHasBits = kHasBits_;  // fit shared memory; else keys are read a third time
 };
 
 template <typename T>
 struct Shared {
   static constexpr int kWarps = T::kWarps;
   RadixBins<T> radix;
-  uint32_t few[kWarp];        // open candidates, when they are few
-  uint32_t candidates, fews;  // of this block
-  uint32_t above_before,
-      tied_before;  // candidates of earlier blocks: above the threshold, equal to it
+  uint32_t few[kWarp];                 // open candidates, when they are few
+  uint32_t candidates, fews;           // of this block
+  uint32_t above_before, tied_before;  // candidates of earlier blocks, against the threshold
   uint32_t warp_above[kWarps], warp_tied[kWarps];
   union {
     struct {
@@ -57,59 +54,6 @@ struct Shared {
     uint16_t staged[kWarps][kGroup];  // positions on their way out, counted from a group's first
   };
 };
-
-// --- bits
-
-// Four bits of each lane -> the word of its 32 entries, known to the eight lanes that made it.
-__device__ __forceinline__ uint32_t join_bits(uint32_t four) {
-  uint32_t word = four << threadIdx.x % 8 * 4;
-#pragma unroll
-  for (int offset = 1; offset < 8; offset *= 2) word |= __shfl_xor_sync(0xffffffffu, word, offset);
-  return word;
-}
-
-template <typename T>
-struct Bits {
-  uint32_t *above, *tied;  // a bit an entry of the slice, from its first chunk on
-};
-
-// The words of a group of 32, one a lane: entries above the threshold, entries equal to it.
-template <typename T>
-__device__ __forceinline__ uint2 group_bits(const Slice& slice, const Bits<T>& bits,
-                                            uint32_t threshold, uint32_t first_word,
-                                            uint32_t last_word) {
-  const uint32_t lane = threadIdx.x % kWarp;
-  if constexpr (T::kHasBits) {
-    const uint32_t word = first_word + lane;
-    return word < last_word ? make_uint2(bits.above[word], bits.tied[word]) : make_uint2(0, 0);
-  } else {
-    uint2 mine{};
-#pragma unroll 2
-    for (uint32_t step = 0; step < kGroup / kChunk; ++step) {
-      uint32_t keys[4];
-      slice.edge_keys(slice.position(first_word / (kChunk / 32) + step), keys);
-      uint32_t above = 0, tied = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        above |= static_cast<uint32_t>(keys[j] > threshold) << j;
-        tied |= static_cast<uint32_t>(keys[j] == threshold) << j;
-      }
-      above = __shfl_sync(0xffffffffu, join_bits(above), lane % 4 * 8);
-      tied = __shfl_sync(0xffffffffu, join_bits(tied), lane % 4 * 8);
-      if (lane / 4 == step) mine = {above, tied};
-    }
-    return first_word + lane < last_word ? mine : make_uint2(0, 0);
-  }
-}
-
-// The `wanted` lowest set bits of a word.
-__device__ __forceinline__ uint32_t lowest_bits(uint32_t word, uint32_t wanted) {
-  if (wanted == 0) return 0;
-  for (int extra = __popc(word) - static_cast<int>(wanted); extra > 0; --extra) {
-    word &= ~(0x80000000u >> __clz(word));
-  }
-  return word;
-}
 
 // The block's part of the positions first, first + 1, ...
 template <typename T>
@@ -138,14 +82,155 @@ __device__ __noinline__ int64_t slots_before(Shared<T>& shared, const TopkParams
   return sum;
 }
 
+// 2. Bits of what lies above the open bin; what is inside becomes a candidate, or is tied if all of
+// it is equal.
+template <typename T>
+__device__ __forceinline__ void mark_slice(Shared<T>& shared, const SliceBits<T::kHasBits>& bits,
+                                           const Slice& slice, const Found& found) {
+  const bool is_exact = found.open.width == 0;
+  slice.for_each<T::kWarps, true>([&](uint32_t chunk, const uint32_t (&keys)[4], auto) {
+    uint32_t above = 0, open = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      above |= static_cast<uint32_t>(keys[j] > found.open.low + found.open.width) << j;
+      open |= static_cast<uint32_t>(found.open.holds(keys[j])) << j;
+    }
+    if constexpr (T::kHasBits) bits.set(chunk, join_bits(above), is_exact ? join_bits(open) : 0);
+    if (!is_exact && open != 0) {
+      uint32_t slot = atomicAdd(&shared.candidates, __popc(open));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (open >> j & 1) {
+          shared.keys[found.before + slot] = keys[j];
+          shared.positions[slot++] = chunk * kChunk + 4 * (threadIdx.x % kWarp) + j;
+        }
+      }
+    }
+  });
+}
+
+// This block's candidates to the lists of all others.
+template <typename T>
+__device__ __forceinline__ void share_candidates(Shared<T>& shared, const Found& found,
+                                                 uint32_t block) {
+  if constexpr (T::kBlocks > 1) {
+    for (uint32_t j = threadIdx.x; j < shared.candidates; j += T::kThreads) {
+      uint32_t* slot = shared.keys + found.before + j;
+      const uint32_t key = *slot;
+#pragma unroll
+      for (uint32_t other = 0; other < T::kBlocks; ++other) {
+        if (other != block) cluster_store<T::kBlocks>(slot, other, key);
+      }
+    }
+  }
+}
+
+// The threshold among the candidates of all blocks, found by each block alone.
+template <typename T>
+__device__ __forceinline__ Open pick_candidate(Shared<T>& shared, const Found& found) {
+  Open open = found.open;
+  for (uint32_t count = found.count; open.width > 0;) {
+    if (count <= kWarp) {
+      for (uint32_t j = threadIdx.x; j < found.count; j += T::kThreads) {
+        const uint32_t key = shared.keys[j];
+        if (open.holds(key)) shared.few[atomicAdd(&shared.fews, 1u)] = key;
+      }
+      __syncthreads();
+      return pick_of_few(shared.few, count, open.rank);
+    }
+    clear_bins(shared.radix);
+    __syncthreads();
+    Counter counter(open);
+    for (uint32_t j = threadIdx.x; j < found.count; j += T::kThreads) {
+      counter.template count<false>(shared.radix.bins, shared.keys[j]);
+    }
+    counter.finish(shared.radix.range);
+    const Found next = narrow<1>(shared.radix, open, 0);
+    open = next.open;
+    count = next.count;
+  }
+  return open;
+}
+
+// Sets the bits of this block's candidates; returns how many of earlier blocks lie above the
+// threshold and how many equal it.
+template <typename T>
+__device__ __forceinline__ uint2 settle_candidates(Shared<T>& shared,
+                                                   const SliceBits<T::kHasBits>& bits,
+                                                   const Found& found, uint32_t threshold) {
+  for (uint32_t j = threadIdx.x; j < found.before; j += T::kThreads) {
+    const uint32_t key = shared.keys[j];
+    if (key > threshold) atomicAdd(&shared.above_before, 1u);
+    if (key == threshold) atomicAdd(&shared.tied_before, 1u);
+  }
+  if constexpr (T::kHasBits) {
+    for (uint32_t j = threadIdx.x; j < shared.candidates; j += T::kThreads) {
+      const uint32_t key = shared.keys[found.before + j], at = shared.positions[j];
+      if (key > threshold) atomicOr(bits.above + at / 32, 1u << at % 32);
+      if (key == threshold) atomicOr(bits.tied + at / 32, 1u << at % 32);
+    }
+  }
+  __syncthreads();
+  return make_uint2(shared.above_before, shared.tied_before);
+}
+
+// 3. Each warp counts its stretch of words, then writes its positions; `before` counts what lies
+// above the threshold and what equals it in earlier blocks.
+template <typename T>
+__device__ __forceinline__ void write_positions(Shared<T>& shared,
+                                                const SliceBits<T::kHasBits>& bits,
+                                                const Slice& slice, const Open& found, uint2 before,
+                                                int32_t offset, int32_t* out) {
+  const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const uint32_t threshold = found.low, ties = found.rank;
+  const uint32_t words = slice.chunks * (kChunk / 32);
+  const uint32_t stretch = (slice.chunks + T::kWarps - 1) / T::kWarps * (kChunk / 32);
+  const uint32_t first = min(warp * stretch, words), last = min(first + stretch, words);
+  uint32_t above = 0, tied = 0;
+  for (uint32_t word = first; word < last; word += kWarp) {
+    const uint2 mine = group_bits(slice, bits, threshold, word, last);
+    above += __popc(mine.x);
+    tied += __popc(mine.y);
+  }
+  above = __reduce_add_sync(0xffffffffu, above);
+  tied = __reduce_add_sync(0xffffffffu, tied);
+  if (lane == 0) {
+    shared.warp_above[warp] = above;
+    shared.warp_tied[warp] = tied;
+  }
+  __syncthreads();
+  before.x += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_above[lane] : 0);
+  before.y += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_tied[lane] : 0);
+  out += before.x + min(before.y, ties);
+  uint16_t* staged = shared.staged[warp];
+  for (uint32_t word = first; word < last; word += kWarp) {
+    const uint2 mine = group_bits(slice, bits, threshold, word, last);
+    const uint32_t own_ties = __popc(mine.y);
+    const uint32_t ties_through = before.y + warp_inclusive_sum(own_ties);
+    const uint32_t ties_left = ties - min(ties, ties_through - own_ties);
+    uint32_t kept = mine.x | lowest_bits(mine.y, min(own_ties, ties_left));
+    const uint32_t through = warp_inclusive_sum(__popc(kept));
+    for (uint32_t slot = through - __popc(kept); kept != 0; kept &= kept - 1) {
+      staged[slot++] = static_cast<uint16_t>(lane * 32 + __ffs(kept) - 1);
+    }
+    __syncwarp();
+    const uint32_t count = __shfl_sync(0xffffffffu, through, kWarp - 1);
+    const uint32_t base = slice.first_chunk * kChunk + word * 32 - offset;
+    for (uint32_t j = lane; j < count; j += kWarp) out[j] = static_cast<int32_t>(base + staged[j]);
+    __syncwarp();
+    out += count;
+    before.y = __shfl_sync(0xffffffffu, ties_through, kWarp - 1);
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
     topk_kernel(const __grid_constant__ TopkParams p, uint32_t words) {
-  constexpr int kBlocks = T::kBlocks, kThreads = T::kThreads, kWarps = T::kWarps;
+  constexpr int kBlocks = T::kBlocks, kThreads = T::kThreads;
   extern __shared__ uint4 dynamic[];
   auto& shared = *reinterpret_cast<Shared<T>*>(dynamic);
-  const Bits<T> bits{reinterpret_cast<uint32_t*>(&shared + 1),
-                     reinterpret_cast<uint32_t*>(&shared + 1) + words};
+  const SliceBits<T::kHasBits> bits{reinterpret_cast<uint32_t*>(&shared + 1),
+                                    reinterpret_cast<uint32_t*>(&shared + 1) + words};
 
   clear_bins(shared.radix);
   if (threadIdx.x == 0) {
@@ -189,7 +274,7 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
   cluster_arrive_relaxed<kBlocks>();  // this block runs: its shared memory may be written to
 
   const float* scores = p.scores + b * p.batch_stride + h * p.head_stride;
-  const uint32_t offset = Slice::offset_of(scores), begin = static_cast<uint32_t>(row.sink_end);
+  const auto begin = static_cast<uint32_t>(row.sink_end);
   const Slice slice = Slice::make<kBlocks>(scores, begin, begin + free, block);
 
   // 1. the bin of the threshold
@@ -209,131 +294,19 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
   }
   const bool is_exact = found.open.width == 0;  // all open keys are equal: the threshold is known
 
-  // 2. bits, and candidates to all blocks
-  slice.for_each<T::kWarps, true>([&](uint32_t chunk, const uint32_t (&keys)[4], auto) {
-    uint32_t above = 0, open = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      above |= static_cast<uint32_t>(keys[j] > found.open.low + found.open.width) << j;
-      open |= static_cast<uint32_t>(found.open.holds(keys[j])) << j;
-    }
-    if constexpr (T::kHasBits) {
-      const uint32_t word = join_bits(above);
-      const uint32_t tied = is_exact ? join_bits(open) : 0;
-      if (threadIdx.x % 8 == 0) {
-        bits.above[chunk * 4 + threadIdx.x % kWarp / 8] = word;
-        bits.tied[chunk * 4 + threadIdx.x % kWarp / 8] = tied;
-      }
-    }
-    if (!is_exact && open != 0) {
-      uint32_t slot = atomicAdd(&shared.candidates, __popc(open));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (open >> j & 1) {
-          shared.keys[found.before + slot] = keys[j];
-          shared.positions[slot++] = chunk * kChunk + 4 * (threadIdx.x % kWarp) + j;
-        }
-      }
-    }
-  });
+  mark_slice(shared, bits, slice, found);
   __syncthreads();
-  if constexpr (kBlocks > 1) {
-    if (!is_exact) {
-      for (uint32_t j = threadIdx.x; j < shared.candidates; j += kThreads) {
-        const uint32_t key = shared.keys[found.before + j];
-#pragma unroll
-        for (int other = 0; other < kBlocks; ++other) {
-          if (static_cast<uint32_t>(other) != block)
-            cluster_store<kBlocks>(&shared.keys[found.before + j], other, key);
-        }
-      }
-    }
-    cluster_sync<kBlocks>();  // from here on each block is by itself
-  }
-  uint32_t tied_before = is_exact ? found.before : 0;
-  Open open = found.open;
-  for (uint32_t count = found.count; open.width > 0;) {
-    if (count <= kWarp) {
-      for (uint32_t j = threadIdx.x; j < found.count; j += kThreads) {
-        const uint32_t key = shared.keys[j];
-        if (open.holds(key)) shared.few[atomicAdd(&shared.fews, 1u)] = key;
-      }
-      __syncthreads();
-      open = pick_of_few(shared.few, count, open.rank);
-      break;
-    }
-    clear_bins(shared.radix);
-    __syncthreads();
-    Counter counter(open);
-    for (uint32_t j = threadIdx.x; j < found.count; j += kThreads) {
-      counter.template count<false>(shared.radix.bins, shared.keys[j]);
-    }
-    counter.finish(shared.radix.range);
-    const Found next = narrow<1>(shared.radix, open, 0);
-    open = next.open;
-    count = next.count;
-  }
-  const uint32_t threshold = open.low, ties = open.rank;
+  if (!is_exact) share_candidates(shared, found, block);
+  if constexpr (kBlocks > 1) cluster_sync<kBlocks>();  // from here on each block is by itself
+  const Open threshold = pick_candidate(shared, found);
+  uint2 before = make_uint2(above_before, is_exact ? found.before : 0);
   if (!is_exact) {
-    for (uint32_t j = threadIdx.x; j < found.before; j += kThreads) {
-      const uint32_t key = shared.keys[j];
-      if (key > threshold) atomicAdd(&shared.above_before, 1u);
-      if (key == threshold) atomicAdd(&shared.tied_before, 1u);
-    }
-    if constexpr (T::kHasBits) {
-      for (uint32_t j = threadIdx.x; j < shared.candidates; j += kThreads) {
-        const uint32_t key = shared.keys[found.before + j], at = shared.positions[j];
-        if (key > threshold) atomicOr(bits.above + at / 32, 1u << at % 32);
-        if (key == threshold) atomicOr(bits.tied + at / 32, 1u << at % 32);
-      }
-    }
-    __syncthreads();
-    above_before += shared.above_before;
-    tied_before += shared.tied_before;
+    const uint2 candidates = settle_candidates(shared, bits, found, threshold.low);
+    before.x += candidates.x;
+    before.y += candidates.y;
   }
-
-  // 3. positions: each warp counts its stretch of words, then writes it
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t all_words = slice.chunks * (kChunk / 32);
-  const uint32_t stretch = (slice.chunks + kWarps - 1) / kWarps * (kChunk / 32);
-  const uint32_t first_word = min(warp * stretch, all_words),
-                 last_word = min(first_word + stretch, all_words);
-  uint32_t above = 0, tied = 0;
-  for (uint32_t word = first_word; word < last_word; word += kWarp) {
-    const uint2 mine = group_bits<T>(slice, bits, threshold, word, last_word);
-    above += __popc(mine.x);
-    tied += __popc(mine.y);
-  }
-  above = __reduce_add_sync(0xffffffffu, above);
-  tied = __reduce_add_sync(0xffffffffu, tied);
-  if (lane == 0) {
-    shared.warp_above[warp] = above;
-    shared.warp_tied[warp] = tied;
-  }
-  __syncthreads();
-  above_before += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_above[lane] : 0);
-  tied_before += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_tied[lane] : 0);
   write_forced();
-  out += sink + above_before + min(tied_before, ties);
-  uint16_t* staged = shared.staged[warp];
-  for (uint32_t word = first_word; word < last_word; word += kWarp) {
-    const uint2 mine = group_bits<T>(slice, bits, threshold, word, last_word);
-    const uint32_t own_ties = __popc(mine.y);
-    const uint32_t ties_through = tied_before + warp_inclusive_sum(own_ties);
-    const uint32_t ties_left = ties - min(ties, ties_through - own_ties);
-    uint32_t kept = mine.x | lowest_bits(mine.y, min(own_ties, ties_left));
-    const uint32_t through = warp_inclusive_sum(__popc(kept));
-    for (uint32_t slot = through - __popc(kept); kept != 0; kept &= kept - 1) {
-      staged[slot++] = static_cast<uint16_t>(lane * 32 + __ffs(kept) - 1);
-    }
-    __syncwarp();
-    const uint32_t count = __shfl_sync(0xffffffffu, through, kWarp - 1);
-    const uint32_t base = slice.first_chunk * kChunk + word * 32 - offset;
-    for (uint32_t j = lane; j < count; j += kWarp) out[j] = static_cast<int32_t>(base + staged[j]);
-    __syncwarp();
-    out += count;
-    tied_before = __shfl_sync(0xffffffffu, ties_through, kWarp - 1);
-  }
+  write_positions(shared, bits, slice, threshold, before, Slice::offset_of(scores), out + sink);
 }
 
 template <typename T>

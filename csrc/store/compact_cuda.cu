@@ -3,9 +3,10 @@
 // Unit = a column slice of the rows of one (tensor, batch row, head). Units never touch the same
 // bytes. A unit belongs to a cluster of kBlocks blocks (a single block where units are many, and on
 // sm_80), which walks its slots in rounds of kBlocks * rows: in round r block j owns the slots
-// [(r * kBlocks + j) * rows, + rows). Each thread copies the words it owns to shared memory,
-// kStages - 1 rounds ahead of the one it writes; before round r is written, a barrier of the
-// cluster says that all its blocks have read the rounds up to r.
+// [(r * kBlocks + j) * rows, + rows). Each thread copies the words it owns to shared memory, rounds
+// ahead of the one it writes; before round r is written, a barrier of the cluster says that all its
+// blocks have read the rounds up to r. A block arrives at it as soon as its reads have landed and
+// waits a round later.
 //
 // Why no row is lost: index ascends, so index[i] >= i. (1) A slot of round r, once written, is no
 // longer needed: it can be the source only of slots i <= index[i], so of rounds <= r, and the
@@ -35,10 +36,9 @@ constexpr int kWords = 4;   // of a thread in a round
 constexpr int kStages = 3;  // rounds in shared memory: one being written, two being read
 constexpr int kBlocksPerSm = 2;
 static_assert(kStages * kWords <= 32, "a bit a word");
-constexpr int64_t kMostSlice =
-    1024;  // bytes: a row of a round fits the words of a block, whatever their width
-constexpr int64_t kLeastSlice = 32;  // what one L2 access moves
-constexpr int64_t kFewRows = 4096;   // largest k that needs no cluster
+constexpr int64_t kMostSlice = 1024;  // bytes: even of one byte each, its words fit a round
+constexpr int64_t kLeastSlice = 32;   // what one L2 access moves
+constexpr int64_t kFewRows = 4096;    // largest k that may do without a cluster
 static_assert(kMostSlice <= kThreads * kWords);
 
 // How the rows of one tensor are cut.

@@ -1,0 +1,72 @@
+// Which entries of a slice are kept, as bits; and bits as positions, in order.
+#pragma once
+
+#include "select/score_slice.cuh"
+
+namespace kvc {
+
+constexpr int kGroup = kWarp * 32;  // entries whose bits a warp turns into positions at once
+
+// A bit an entry of the slice, from its first chunk on: in shared memory, or where that is too
+// small made anew from the scores.
+template <bool kInShared>
+struct SliceBits {
+  uint32_t *above, *tied;
+
+  // The words that the lanes of a warp have of a chunk, eight lanes the same one.
+  __device__ __forceinline__ void set(uint32_t chunk, uint32_t above_word,
+                                      uint32_t tied_word) const {
+    if (threadIdx.x % 8 == 0) {
+      above[chunk * 4 + threadIdx.x % kWarp / 8] = above_word;
+      tied[chunk * 4 + threadIdx.x % kWarp / 8] = tied_word;
+    }
+  }
+};
+
+// Four bits of each lane -> the word of its 32 entries, known to the eight lanes that made it.
+__device__ __forceinline__ uint32_t join_bits(uint32_t four) {
+  uint32_t word = four << threadIdx.x % 8 * 4;
+#pragma unroll
+  for (int offset = 1; offset < 8; offset *= 2) word |= __shfl_xor_sync(0xffffffffu, word, offset);
+  return word;
+}
+
+// The words of a group of 32, one a lane: entries above the threshold, entries equal to it.
+template <bool kInShared>
+__device__ __forceinline__ uint2 group_bits(const Slice& slice, const SliceBits<kInShared>& bits,
+                                            uint32_t threshold, uint32_t first_word,
+                                            uint32_t last_word) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  if constexpr (kInShared) {
+    const uint32_t word = first_word + lane;
+    return word < last_word ? make_uint2(bits.above[word], bits.tied[word]) : make_uint2(0, 0);
+  } else {
+    uint2 mine{};
+#pragma unroll 2
+    for (uint32_t step = 0; step < kGroup / kChunk; ++step) {
+      uint32_t keys[4];
+      slice.edge_keys(slice.position(first_word / (kChunk / 32) + step), keys);
+      uint32_t above = 0, tied = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        above |= static_cast<uint32_t>(keys[j] > threshold) << j;
+        tied |= static_cast<uint32_t>(keys[j] == threshold) << j;
+      }
+      above = __shfl_sync(0xffffffffu, join_bits(above), lane % 4 * 8);
+      tied = __shfl_sync(0xffffffffu, join_bits(tied), lane % 4 * 8);
+      if (lane / 4 == step) mine = {above, tied};
+    }
+    return first_word + lane < last_word ? mine : make_uint2(0, 0);
+  }
+}
+
+// The `wanted` lowest set bits of a word.
+__device__ __forceinline__ uint32_t lowest_bits(uint32_t word, uint32_t wanted) {
+  if (wanted == 0) return 0;
+  for (int extra = __popc(word) - static_cast<int>(wanted); extra > 0; --extra) {
+    word &= ~(0x80000000u >> __clz(word));
+  }
+  return word;
+}
+
+}  // namespace kvc
