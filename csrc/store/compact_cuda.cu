@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // As many blocks as run at once: larger clusters first, for wide rows move at full speed, then
 // narrower slices. Where rows are few and units too, a round or two are all there is: slices of one
-// sector then cost less than the barrier of a cluster (measured in MEASURED.md).
+// sector then cost less than the barrier of a cluster (csrc/measured.md).
 Plan make_plan(const CompactParams& p, const DeviceLimits& limits, int most_blocks, int64_t most) {
   Plan plan;
   const int64_t wanted = kBlocksPerSm * limits.multiprocessors;
