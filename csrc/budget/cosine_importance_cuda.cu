@@ -10,6 +10,8 @@
 #include "budget/cosine_importance.h"
 #include "device/check.cuh"
 #include "device/dispatch.cuh"
+#include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "device/reduce.cuh"
 #include "device/vec.cuh"
 
@@ -58,6 +60,7 @@ __device__ __forceinline__ float token_cosine(const T* h, const T* a, int64_t hi
 template <typename T, bool kIsUpdate, bool kVectorised>
 __global__ void __launch_bounds__(kThreads) cosine_importance_kernel(CosineImportanceParams p) {
   const int64_t tile = blockIdx.x, b = blockIdx.y;
+  launch_dependents();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t start = p.seq_start ? p.seq_start[b] : 0;
   const T* h = static_cast<const T*>(p.before) + b * p.before_batch_stride;
@@ -86,9 +89,10 @@ __global__ void __launch_bounds__(kThreads) cosine_importance_kernel(CosineImpor
 __global__ void row_mean_kernel(CosineImportanceParams p) {
   static_assert(kCosineLanes == kWarp);
   const int64_t b = blockIdx.x;
+  launch_wait();
   const int64_t tokens = p.seq_len - (p.seq_start ? p.seq_start[b] : 0);
   float sum = 0;
-#pragma unroll 4
+#pragma unroll 16
   for (int64_t tile = threadIdx.x; tile < p.num_tiles; tile += kWarp) {
     sum += p.partial[b * p.num_tiles + tile];
   }
@@ -116,8 +120,9 @@ void launch(const CosineImportanceParams& p, cudaStream_t stream) {
     kernel<<<grid, kThreads, 0, stream>>>(p);
     launch_check("cosine_importance");
   }
-  row_mean_kernel<<<static_cast<unsigned>(p.batch), kWarp, 0, stream>>>(p);
-  launch_check("cosine_importance");
+  const bool may_be_early = p.num_tiles > 0 && device_limits().major >= 9;
+  Launch(static_cast<unsigned>(p.batch), kWarp, 0, stream)
+      .early(may_be_early)("cosine_importance", row_mean_kernel, p);
 }
 
 }  // namespace
