@@ -1,9 +1,10 @@
-// topk on the CPU: a thread a row. Forced entries are taken first; among the rest, radix selection
-// finds the threshold key in three passes of 11, 11 and 10 bits, and one ordered pass writes the
-// positions. Keys are made anew from the scores in every pass, 64 at a time and vectorised: no
-// scratch.
+// topk on the CPU: a thread a row. Forced entries are taken first; among the rest, the leading 11
+// bits of all keys are counted, the keys in the threshold's bin, a few percent, are copied out, and
+// two more passes of 11 and 10 bits over these find the threshold; one ordered pass writes the
+// positions. Keys are made anew from the scores, 64 at a time and vectorised.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "host/parallel.h"
 #include "host/simd.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;
 constexpr int kBins = 1 << 11;
+constexpr int kLeadingShift = 21;  // of the first 11 bits of a key
 
 __attribute__((always_inline)) inline void keys_of(const float* scores, int64_t n, uint32_t* keys) {
   uint32_t bits[kBlock];
@@ -31,42 +33,39 @@ KVC_CLONES void count_leading(const float* scores, int64_t n, uint32_t* bins) {
   for (; i + kBlock <= n; i += kBlock) {
     keys_of(scores + i, kBlock, keys);
     for (int64_t j = 0; j < kBlock; j += 2) {
-      ++bins[keys[j] >> 21];
-      ++odd[keys[j + 1] >> 21];
+      ++bins[keys[j] >> kLeadingShift];
+      ++odd[keys[j + 1] >> kLeadingShift];
     }
   }
   keys_of(scores + i, n - i, keys);
-  for (int64_t j = 0; j < n - i; ++j) ++bins[keys[j] >> 21];
+  for (int64_t j = 0; j < n - i; ++j) ++bins[keys[j] >> kLeadingShift];
   for (int bin = 0; bin < kBins; ++bin) bins[bin] += odd[bin];
 }
 
-__attribute__((always_inline)) inline void count_block(const uint32_t* keys, int64_t n,
-                                                       uint32_t prefix, int prefix_shift, int shift,
-                                                       uint32_t mask, uint32_t* bins) {
+// Appends those of up to 64 keys that begin with `prefix`.
+__attribute__((always_inline)) inline uint32_t* pick_block(const uint32_t* keys, int64_t n,
+                                                           uint32_t prefix, uint32_t* out) {
   uint32_t matches = 0;
 #pragma omp simd reduction(+ : matches)
-  for (int64_t j = 0; j < n; ++j) matches += keys[j] >> prefix_shift == prefix;
-  if (matches == 0) return;
-  uint32_t picked[kBlock];
-  int64_t m = 0;
+  for (int64_t j = 0; j < n; ++j) matches += keys[j] >> kLeadingShift == prefix;
+  if (matches == 0) return out;
   for (int64_t j = 0; j < n; ++j) {
-    picked[m] = keys[j];
-    m += keys[j] >> prefix_shift == prefix;
+    *out = keys[j];
+    out += keys[j] >> kLeadingShift == prefix;
   }
-  for (int64_t j = 0; j < m; ++j) ++bins[picked[j] >> shift & mask];
+  return out;
 }
 
-// The same for the next digit of the keys that begin with `prefix`.
-KVC_CLONES void count_within(const float* scores, int64_t n, uint32_t prefix, int prefix_shift,
-                             int shift, uint32_t mask, uint32_t* bins) {
+// The keys that begin with `prefix`, in order; one slot more than they are must be there.
+KVC_CLONES void pick_within(const float* scores, int64_t n, uint32_t prefix, uint32_t* out) {
   uint32_t keys[kBlock];
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     keys_of(scores + i, kBlock, keys);
-    count_block(keys, kBlock, prefix, prefix_shift, shift, mask, bins);
+    out = pick_block(keys, kBlock, prefix, out);
   }
   keys_of(scores + i, n - i, keys);
-  count_block(keys, n - i, prefix, prefix_shift, shift, mask, bins);
+  pick_block(keys, n - i, prefix, out);
 }
 
 // The bin that holds the `wanted`-th largest key; `wanted` becomes its rank within the bin.
@@ -131,11 +130,16 @@ void select(const float* scores, int64_t n, int64_t first, int64_t wanted, int32
   int64_t rank = wanted;
   count_leading(scores, n, bins);
   uint32_t prefix = pick_bin(bins, rank);
+  std::vector<uint32_t> open(bins[prefix] + 1);
+  pick_within(scores, n, prefix, open.data());
+  open.pop_back();
   std::fill_n(bins, kBins, 0);
-  count_within(scores, n, prefix, 21, 10, 0x7ffu, bins);
+  for (const uint32_t key : open) ++bins[key >> 10 & 0x7ffu];
   prefix = prefix << 11 | pick_bin(bins, rank);
   std::fill_n(bins, kBins, 0);
-  count_within(scores, n, prefix, 10, 0, 0x3ffu, bins);
+  for (const uint32_t key : open) {
+    if (key >> 10 == prefix) ++bins[key & 0x3ffu];
+  }
   prefix = prefix << 10 | pick_bin(bins, rank);
   write_kept(scores, n, first, prefix, rank, wanted, out);
 }
