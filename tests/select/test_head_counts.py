@@ -116,7 +116,8 @@ def test_empty(device):
     for shape in [(0, 2, 8), (2, 0, 8), (2, 3, 0)]:
         totals = torch.full(shape[:1], 4, dtype=torch.int32, device=device)
         counts = kvcompress.head_counts(torch.empty(shape, device=device), totals)
-        assert counts.shape == shape[:2] and not counts.any()
+        assert counts.shape == shape[:2]
+        assert not counts.any()
 
 
 @settings(deadline=None, max_examples=100)
