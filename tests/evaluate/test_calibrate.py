@@ -61,6 +61,9 @@ def test_head_change_against_the_models_own_attention(random_model):
     assert torch.allclose(torch.tensor(change.heads, dtype=torch.float64), sums / tokens, atol=1e-5)
     assert len(change.layers) == 3
     assert all(0 <= x <= 2 for x in change.layers)
+    assert head_change(model, [*prompts, [7]]) == change  # its only token is left out
+    with pytest.raises(ValueError, match=r"head_change: prompts must have at least 2 tokens, got \[1\]"):
+        head_change(model, [[7]])
 
 
 def test_layer_factor():

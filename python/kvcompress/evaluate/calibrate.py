@@ -78,22 +78,23 @@ def head_change(model: Any, prompts: Sequence[Sequence[int]], *, on_step: Step =
 
     The first token is left out for the heads: there the output is the value. Query heads count equally within their kv head.
     """
-    heads, layers, tokens = 0.0, 0.0, 0
+    heads: list[torch.Tensor] = []
+    layers: list[torch.Tensor] = []
+    read = [ids for ids in prompts if len(ids) > 1]
+    if not read:
+        raise ValueError(f"head_change: prompts must have at least 2 tokens, got {[len(ids) for ids in prompts]}")
+    weight = torch.tensor([len(ids) - 1 for ids in read], dtype=torch.float64)
+    weight /= weight.sum()
     watched = create("squeeze_attention", budget=1.0)  # it asks for the residual stream
     with attach(model):
-        for ids in prompts:
+        for ids in read:
             reading = Reading(model, ids, [watched], queries=len(ids))
-            own = torch.stack([_change(reading, i) for i in range(reading.num_layers)])
-            stream = torch.stack([_turn(reading, i) for i in range(reading.num_layers)])
-            heads, layers = heads + own.double().cpu() * (len(ids) - 1), layers + stream.double().cpu() * (len(ids) - 1)
-            tokens += len(ids) - 1
+            heads.append(torch.stack([_change(reading, i) for i in range(reading.num_layers)]).double().cpu())
+            layers.append(torch.stack([_turn(reading, i) for i in range(reading.num_layers)]).double().cpu())
             on_step(1)
-    if tokens == 0:
-        raise ValueError(f"head_change: prompts must have at least 2 tokens, got {[len(ids) for ids in prompts]}")
-    assert isinstance(heads, torch.Tensor)
-    assert isinstance(layers, torch.Tensor)
-    rows = (heads / tokens).clamp_min(0).tolist()
-    return HeadChange(tuple(tuple(row) for row in rows), tuple((layers / tokens).clamp_min(0).tolist()))
+    rows = torch.einsum("p,plh->lh", weight, torch.stack(heads)).clamp_min(0).tolist()
+    turns = torch.einsum("p,pl->l", weight, torch.stack(layers)).clamp_min(0).tolist()
+    return HeadChange(tuple(tuple(row) for row in rows), tuple(turns))
 
 
 def _change(reading: Reading, layer_idx: int) -> torch.Tensor:
