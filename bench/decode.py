@@ -18,6 +18,7 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,11 +102,13 @@ def steps(args):
     held = (
         budget - ROUNDS * (REPLAYS + 1) // 2
     )  # so that the dense store holds `budget` entries in the middle of the run
-    for name, cache, length in (
-        ("StaticCache SDPA, full", StaticCache(config=model.config, max_cache_len=full + 256), full),
-        ("StaticCache SDPA, dense", StaticCache(config=model.config, max_cache_len=budget), budget // 2),
+    for name, make, length in (
+        ("StaticCache SDPA, full", partial(StaticCache, max_cache_len=full + 256), full),
+        ("StaticCache SDPA, dense", partial(StaticCache, max_cache_len=budget), budget // 2),
     ):
-        variants[name] = Step(model, cache, length).capture()
+        if args.no_full and length == full:
+            continue
+        variants[name] = Step(model, make(config=model.config), length).capture()
     ours = {
         "FixedCache, full": (None, full),
         "FixedCache, dense, no eviction": (create("snapkv", budget=held), prompt),
@@ -117,6 +120,8 @@ def steps(args):
     }
     with attach(model):
         for name, (method, length) in ours.items():
+            if args.no_full and length == full:
+                continue
             cache = FixedCache(model.config, method, room=ROUNDS * (REPLAYS + 1) + 16)
             variants[name] = Step(model, cache, length).capture()
     times = {name: [] for name in variants}
@@ -198,7 +203,8 @@ def streams(args):
         )
         print(
             f"{name:14s} {seen} tokens, {entries} entries, {memory[0]} -> {memory[-1]} bytes, first {part}: "
-            f"{rows[-1]['ms_first']:.4f} ms, last {part}: {rows[-1]['ms_last']:.4f} ms a token"
+            f"{rows[-1]['ms_first']:.4f} ms, last {part}: {rows[-1]['ms_last']:.4f} ms a token",
+            flush=True,
         )
     return {"layers": args.layers, "budget": budget, "rows": rows}
 
@@ -209,6 +215,7 @@ def main():
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--full", type=int, default=32768)
+    parser.add_argument("--no-full", action="store_true", help="without the caches of --full entries")
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--parts", type=int, default=20)
     parser.add_argument("--device", default="cuda")
