@@ -104,12 +104,19 @@ class FixedStore:
         window: newest tokens that do not leave.
     """
 
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    seen: Tensor
+    limits: Tensor
+
     def __init__(self, turnover: Turnover) -> None:
         self.turnover = turnover
         self.beside: dict[str, Tensor] = {}
         self.window = 0
-        self.keys: Tensor | None = None
         self.sink_keys: Tensor | None = None
+        self._dropped: Tensor | None = None  # entries that the prompt lost; None: nothing is loaded
 
     def load(self, store: DenseStore, *, room: int, capacity: int | None = None) -> None:
         """Takes over a compressed prompt. Buffers of the same sizes are used again, at the same addresses.
@@ -142,7 +149,7 @@ class FixedStore:
             limits = [capacity] * batch
         units = 1 if rule.statistic is not None and rule.statistic.shares_victims else heads
         self._allocate(store, (batch, heads, capacity, head_dim), units)
-        assert self.keys is not None
+        assert self._dropped is not None
         held = store.max_length
         for mine, theirs in self._pairs(store):
             mine.zero_()
@@ -155,8 +162,8 @@ class FixedStore:
 
     def _allocate(self, store: DenseStore, shape: tuple[int, int, int, int], units: int) -> None:
         batch, _, capacity, _ = shape
-        old = self.keys
-        if old is not None and (old.shape, old.dtype, old.device) == (shape, store.keys.dtype, store.keys.device):
+        wanted = (shape, store.keys.dtype, store.keys.device)
+        if self._dropped is not None and (self.keys.shape, self.keys.dtype, self.keys.device) == wanted:
             return
         new = store.keys.new_empty
         self.keys, self.values = new(shape), new((*shape[:3], store.values.shape[3]))
@@ -168,14 +175,13 @@ class FixedStore:
             torch._dynamo.mark_static_address(tensor)
 
     def _pairs(self, store: DenseStore) -> list[tuple[Tensor, Tensor]]:
-        assert self.keys is not None
         pairs = [(self.keys, store.keys), (self.values, store.values), (self.positions, store.positions)]
         return pairs + [(mine, store.beside[name]) for name, mine in self.beside.items()]
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that a step reads or writes."""
-        if self.keys is None:
+        if self._dropped is None:
             return []
         own = [self.keys, self.values, self.positions, self.lengths, self.seen, self.limits, self._dropped]
         own += self.beside.values()
@@ -195,7 +201,6 @@ class FixedStore:
             query: ``[batch, num_q_heads, n, head_dim]``.
             keys, values: ``[batch, num_kv_heads, n, head_dim]``.
         """
-        assert self.keys is not None
         repeats = self.keys.shape[1] // keys.shape[1]
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
@@ -234,7 +239,6 @@ class FixedStore:
         """The sinks, which slots 0, 1, ... hold, move up by what was evicted behind them."""
         if inv_freq is None:
             raise ValueError("FixedStore: inv_freq must be given for in-cache positions, got None")
-        assert self.keys is not None
         assert self.sink_keys is not None
         gap = (self.seen - self.lengths)[:, :, None]
         self.keys[:, :, : self.turnover.rotates] = rerotate(self.sink_keys, gap, inv_freq)
@@ -259,7 +263,7 @@ class FixedStore:
         Raises:
             RuntimeError: a store that evicts nothing has been given more tokens than its room.
         """
-        if not self.turnover.evicts and self.keys is not None:
+        if not self.turnover.evicts and self._dropped is not None:
             dropped = (self.seen - self.lengths) - self._dropped
             if bool((dropped > 0).any()):
                 raise RuntimeError(
@@ -274,7 +278,6 @@ class FixedStore:
 
     def ordered_positions(self) -> Tensor:
         """Positions of the entries, ascending, ``[batch, heads, capacity]`` int32, -1 behind the last one."""
-        assert self.keys is not None
         slot = torch.arange(self.positions.shape[2], device=self.positions.device)
         behind = slot >= self.lengths[..., None]
         end = torch.iinfo(torch.int32).max

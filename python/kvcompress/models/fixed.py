@@ -262,7 +262,6 @@ class FixedCache(CompressedCache):
         for prompt, layer in zip(self._prompt_layers, self._fixed):
             store = layer.store
             seen, entries = store.seen[:, 0].tolist(), store.lengths[:, 0].tolist()
-            assert store.keys is not None
             heads = [[n] * store.keys.shape[1] for n in entries]
             layers.append(LayerStats(prompt.layer_idx, seen, entries, heads, store.nbytes, self._scorer(prompt)))
         name = "full cache" if self.method is None else str(self.method)
