@@ -96,7 +96,7 @@ def calibrate(
     results().print(_shown(method, found))
     use = f"--method baklava_like --budget {budget} --set table={out}" if method == "baklava_like" else ""
     then = f"kvcompress generate {use} ..." if use else f"Calibrated(nll, *load_curve('{out}'), quality=0.95)"
-    results().print(f"{out}: {then}", highlight=False, markup=False)
+    results().print(f"{out}: {then}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(
@@ -161,7 +161,7 @@ def _curve(
 
 def _shown(method: str, found: dict[str, Any]) -> Table:
     if method == "baklava_like":
-        shown = Table(box=box.SIMPLE_HEAD, title="gamma and beta on held-out answers, likeliest first")
+        shown = Table(box=box.SIMPLE_HEAD, min_width=72, title="gamma and beta on held-out answers, likeliest first")
         shown.caption = "NLL: mean over the answers' tokens, in nats. gamma 0 is the uniform budget."
         for heading in ("gamma", "beta", "NLL"):
             shown.add_column(heading, justify="right")
@@ -171,7 +171,11 @@ def _shown(method: str, found: dict[str, Any]) -> Table:
     from kvcompress.calibrated import calibrated_keep
 
     middle = sorted(nll for _, nll, _ in found["triples"])[len(found["triples"]) // 2]
-    shown = Table(box=box.SIMPLE_HEAD, title=f"share to keep for a context of NLL {middle:.2f} nats, the median here")
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        min_width=72,
+        title=f"share to keep for a context of NLL {middle:.2f} nats, the median here",
+    )
     shown.caption = f"b = {found['alpha']:.4g} * NLL + {found['beta']:.4g}, fitted to {len(found['triples'])} answers."
     for heading in ("quality", "share"):
         shown.add_column(heading, justify="right")
