@@ -117,6 +117,7 @@ Result attend(const Tensor& q, double softmax_scale, bool return_logits,
   params.q_batch_stride = q.stride(0);
   params.q_head_stride = q.stride(1);
   params.q_row_stride = q.stride(2);
+  params.plan();
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.scale_log2 = static_cast<float>(softmax_scale * kLog2e);
   const int64_t most_tiles = params.num_rows() * ((params.width + kStepKeys - 1) / kStepKeys);
@@ -124,15 +125,19 @@ Result attend(const Tensor& q, double softmax_scale, bool return_logits,
   const int64_t slots = params.max_workers + params.num_rows();
   Tensor partial_out = torch::stable::new_empty(q, {slots, params.slice(), params.head_dim}, f32);
   Tensor partial_stats = torch::stable::new_empty(q, {slots, params.slice(), 2}, f32);
-  Tensor tile_start = torch::stable::new_empty(q, {params.num_stores() + 1}, ScalarType::Long);
+  Tensor tile_start = torch::stable::new_empty(q, {params.num_stores() + 2}, ScalarType::Long);
   params.partial_out = partial_out.mutable_data_ptr<float>();
   params.partial_stats = partial_stats.mutable_data_ptr<float>();
   params.tile_start = tile_start.mutable_data_ptr<int64_t>();
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
-  params.logits = logits.mutable_data_ptr<float>();
-  if (!return_logits && !params.observed.any()) params.logits = nullptr;
+  params.logits = return_logits ? logits.mutable_data_ptr<float>() : nullptr;
   params.fill_logits = return_logits;
+  std::optional<Tensor> scratch;
+  if (params.observed.any()) {
+    scratch = torch::stable::new_empty(q, {params.observed_floats()}, f32);
+    params.observed_scratch = scratch->mutable_data_ptr<float>();
+  }
   KVC_LAUNCH(decode_attention, q, params);
   return {out, lse, logits};
 }

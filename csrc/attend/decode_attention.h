@@ -94,19 +94,43 @@ struct DecodeAttentionParams {
   int64_t k_batch_stride, k_head_stride, k_row_stride;  // ragged: the first two are 0
   int64_t v_batch_stride, v_head_stride, v_row_stride;
   float softmax_scale, scale_log2;  // scale_log2 = softmax_scale * log2(e)
-  ObservedParams observed;          // of what is observed logits must not be null
+  ObservedParams observed;
+  float* observed_scratch;  // observed_floats(): logits in the order of `logits` or of step_logit
+  float* step_logits;       // CUDA, the latter: in base 2, -inf where not visible
   DType dtype;
+
+  // Filled by plan(): divisions of 64-bit numbers cost a GPU about a hundred instructions each, and
+  // what a worker needs of them is the same for all.
+  int32_t q_per_kv, rows, rows_a_slice, slices_a_store;
+
+  void plan() {
+    q_per_kv = static_cast<int32_t>(num_q_heads / num_kv_heads);
+    rows = q_per_kv * static_cast<int32_t>(num_queries);
+    rows_a_slice = std::min(rows, static_cast<int32_t>(shape().max_slice));
+    slices_a_store = (rows + rows_a_slice - 1) / rows_a_slice;
+  }
 
   constexpr AttendShape shape() const { return attend_shape(head_dim, dtype == DType::kFloat32); }
   constexpr int64_t num_stores() const { return batch * num_kv_heads; }
-  constexpr int64_t packed_rows() const { return num_q_heads / num_kv_heads * num_queries; }
-  constexpr int64_t slice() const { return std::min(packed_rows(), shape().max_slice); }
-  constexpr int64_t slices() const { return (packed_rows() + slice() - 1) / slice(); }
+  constexpr int64_t packed_rows() const { return rows; }
+  constexpr int64_t slice() const { return rows_a_slice; }
+  constexpr int64_t slices() const { return slices_a_store; }
   constexpr int64_t num_rows() const { return num_stores() * slices(); }  // store by store
+  constexpr uint32_t row_of_batch(int64_t store) const {
+    return static_cast<uint32_t>(store) / static_cast<uint32_t>(num_kv_heads);
+  }
+  constexpr uint32_t kv_head(int64_t store) const {
+    return static_cast<uint32_t>(store) - row_of_batch(store) * static_cast<uint32_t>(num_kv_heads);
+  }
+
+  constexpr int64_t observed_floats() const {
+    const int64_t steps = (width + kStepKeys - 1) / kStepKeys;
+    return num_stores() * ((rows + 1) / 2 * 2) * std::max(width, steps * kStepKeys);
+  }
 
   constexpr int64_t length(int64_t store) const {
     if (lengths.data == nullptr) return width;
-    const int64_t n = *lengths.at(store / num_kv_heads, store % num_kv_heads);
+    const int64_t n = *lengths.at(row_of_batch(store), kv_head(store));
     return n < 0 ? 0 : n < width ? n : width;
   }
   // What the i-th new token sees of a store of `length` entries.
@@ -116,36 +140,76 @@ struct DecodeAttentionParams {
   }
   constexpr int64_t k_offset(int64_t store) const {
     return row_start ? row_start[store] * k_row_stride
-                     : store / num_kv_heads * k_batch_stride + store % num_kv_heads * k_head_stride;
+                     : row_of_batch(store) * k_batch_stride + kv_head(store) * k_head_stride;
   }
   constexpr int64_t v_offset(int64_t store) const {
     return row_start ? row_start[store] * v_row_stride
-                     : store / num_kv_heads * v_batch_stride + store % num_kv_heads * v_head_stride;
+                     : row_of_batch(store) * v_batch_stride + kv_head(store) * v_head_stride;
   }
   // Element 0 of packed row r of a store in q.
   constexpr int64_t q_offset(int64_t store, int64_t r) const {
-    const int64_t head = store % num_kv_heads * (num_q_heads / num_kv_heads) + r / num_queries;
-    return store / num_kv_heads * q_batch_stride + head * q_head_stride +
-           r % num_queries * q_row_stride;
+    const uint32_t in_group = static_cast<uint32_t>(r) / static_cast<uint32_t>(num_queries);
+    const uint32_t i = static_cast<uint32_t>(r) - in_group * static_cast<uint32_t>(num_queries);
+    return row_of_batch(store) * q_batch_stride +
+           (kv_head(store) * static_cast<int64_t>(q_per_kv) + in_group) * q_head_stride +
+           i * q_row_stride;
   }
   // Its number in out, lse and logits: store * packed_rows() + r, since heads of a group are
   // neighbours.
   constexpr int64_t out_row(int64_t store, int64_t r) const { return store * packed_rows() + r; }
 };
 
-// The equal parts of a line of tiles; the first `longer` ones have a tile more. Workers without a
-// tile do not exist. 32 bits: 2^32 tiles are more keys than any memory holds.
+// The parts of a line of tiles, each of one worker; workers without a tile do not exist. A row of
+// the line is one slice of query rows of one store. Where all rows have `row_tiles` tiles, and that
+// leaves at most a tenth of the workers idle, parts begin and end with rows or divide them: every
+// border between rows inside a part costs its worker about 1.5 us. Else all parts are equal but for
+// one tile. 32 bits: 2^32 tiles are more keys than any memory holds.
 struct AttendParts {
-  uint32_t tiles, workers, each, longer;
-  constexpr AttendParts(int64_t num_tiles, int64_t available)
-      : tiles(static_cast<uint32_t>(num_tiles)),
-        workers(static_cast<uint32_t>(num_tiles < available ? num_tiles : available)),
-        each(workers == 0 ? 0 : tiles / workers),
-        longer(tiles - each * workers) {}
+  uint32_t workers = 0;
+  uint32_t row_tiles = 0;  // 0: equal parts of the line
+  uint32_t pieces = 1;     // parts of a row
+  uint32_t rows = 1;       // rows of a part
+  uint32_t each = 0,
+           longer = 0;  // tiles of a part, the first `longer` ones of the line or row one more
+  uint32_t tiles = 0;
+
+  constexpr AttendParts(int64_t num_tiles, int64_t available, uint32_t tiles_of_all_rows = 0)
+      : tiles(static_cast<uint32_t>(num_tiles)) {
+    const auto most = static_cast<uint32_t>(available);
+    if (tiles == 0 || most == 0) return;
+    if (tiles_of_all_rows > 0) {
+      const uint32_t all = tiles / tiles_of_all_rows;
+      pieces = all < most ? most / all : 1;
+      if (pieces > tiles_of_all_rows) pieces = tiles_of_all_rows;
+      rows = (all + most - 1) / most;
+      workers = all < most ? all * pieces : (all + rows - 1) / rows;
+      if (10 * workers >= 9 * most || pieces == tiles_of_all_rows) {
+        row_tiles = tiles_of_all_rows;
+        each = row_tiles / pieces;
+        longer = row_tiles - each * pieces;
+        return;
+      }
+    }
+    workers = tiles < most ? tiles : most;
+    each = tiles / workers;
+    longer = tiles - each * workers;
+  }
   constexpr uint32_t begin(uint32_t worker) const {
-    return worker * each + (worker < longer ? worker : longer);
+    if (row_tiles == 0) return start(worker);
+    const uint32_t row = worker / pieces * rows, at = row * row_tiles;
+    return at < tiles ? at + start(worker % pieces) : tiles;
   }
   constexpr uint32_t owner(uint32_t tile) const {
+    if (row_tiles == 0) return holder(tile);
+    const uint32_t row = tile / row_tiles;
+    return pieces > 1 ? row * pieces + holder(tile - row * row_tiles) : row / rows;
+  }
+
+ private:
+  constexpr uint32_t start(uint32_t part) const {
+    return pieces == 1 && row_tiles > 0 ? 0 : part * each + (part < longer ? part : longer);
+  }
+  constexpr uint32_t holder(uint32_t tile) const {
     const uint32_t in_longer = longer * (each + 1);
     return tile < in_longer ? tile / (each + 1) : longer + (tile - in_longer) / each;
   }
@@ -157,27 +221,35 @@ constexpr int64_t attend_slot(int64_t worker, int64_t row) {
   return worker + row;
 }
 
+// Where step_logits hold packed row r of entry j of a store: 16 entries and two rows lie together,
+// in the order in which the tensor cores leave them, so that a warp writes whole lines.
+constexpr int64_t step_logit(const DecodeAttentionParams& p, int64_t store, int64_t j, int32_t r) {
+  const int64_t step = store * ((p.width + kStepKeys - 1) / kStepKeys) + j / kStepKeys;
+  return (step * ((p.rows + 1) / 2) + r / 2) * (2 * kStepKeys) + j % 8 * 4 + j % kStepKeys / 8 * 2 +
+         r % 2;
+}
+
 // Where the observed numbers of a store begin: of slot 0, for query head g of the group where they
 // are kept by head.
 constexpr float* observed_sums(const DecodeAttentionParams& p, int64_t store, int64_t g) {
   const ObservedParams& o = p.observed;
   if (p.row_start) return o.sums + p.row_start[store];
-  const int64_t h = store % p.num_kv_heads, group = p.num_q_heads / p.num_kv_heads;
-  return o.sums + store / p.num_kv_heads * o.sums_batch_stride +
-         (o.sums_by_head ? h * group + g : h) * o.sums_head_stride;
+  const int64_t h = p.kv_head(store);
+  return o.sums + p.row_of_batch(store) * o.sums_batch_stride +
+         (o.sums_by_head ? h * p.q_per_kv + g : h) * o.sums_head_stride;
 }
 constexpr const float* observed_weights(const DecodeAttentionParams& p, int64_t store) {
   const ObservedParams& o = p.observed;
   if (p.row_start) return o.weights + p.row_start[store];
-  return o.weights + store / p.num_kv_heads * o.weights_batch_stride +
-         store % p.num_kv_heads * o.weights_head_stride;
+  return o.weights + p.row_of_batch(store) * o.weights_batch_stride +
+         p.kv_head(store) * o.weights_head_stride;
 }
 constexpr float* observed_history(const DecodeAttentionParams& p, int64_t store, int64_t g) {
   const ObservedParams& o = p.observed;
   if (p.row_start) return o.history + p.row_start[store] * o.history_row_stride;
-  const int64_t h = store % p.num_kv_heads, group = p.num_q_heads / p.num_kv_heads;
-  return o.history + store / p.num_kv_heads * o.history_batch_stride +
-         (o.history_by_head ? h * group + g : h) * o.history_head_stride;
+  const int64_t h = p.kv_head(store);
+  return o.history + p.row_of_batch(store) * o.history_batch_stride +
+         (o.history_by_head ? h * p.q_per_kv + g : h) * o.history_head_stride;
 }
 
 void decode_attention_cpu(const DecodeAttentionParams& params);

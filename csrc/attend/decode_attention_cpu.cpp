@@ -300,10 +300,8 @@ void observe(const DecodeAttentionParams& p, int64_t store, int64_t begin, int64
   const int64_t length = p.length(store), rows = p.packed_rows();
   const float* logits = p.logits + store * rows * p.width;
   for (int64_t j = begin; j < std::min(end, length); ++j) {
-    const auto logit = [&](int64_t g, int64_t i) {
-      return logits[(g * p.num_queries + i) * p.width + j];
-    };
-    observe_entry(p, store, length, j, logit, [&](int64_t g, int64_t i) {
+    const auto logit = [&](int g, int i) { return logits[(g * p.num_queries + i) * p.width + j]; };
+    observe_entry(p, store, length, j, logit, [&](int g, int i) {
       return std::exp(logit(g, i) - p.lse[store * rows + g * p.num_queries + i]);
     });
   }
@@ -348,7 +346,9 @@ void run(const DecodeAttentionParams& p) {
 }  // namespace
 
 void decode_attention_cpu(const DecodeAttentionParams& params) {
-  visit_float(params.dtype, "decode_attention", [&](auto tag) { run<decltype(tag)>(params); });
+  DecodeAttentionParams p = params;
+  if (p.observed.any()) p.logits = p.observed_scratch;
+  visit_float(p.dtype, "decode_attention", [&](auto tag) { run<decltype(tag)>(p); });
 }
 
 }  // namespace kvc

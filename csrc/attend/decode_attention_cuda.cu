@@ -14,9 +14,15 @@ namespace kvc {
 
 void decode_attention_cuda(const DecodeAttentionParams& params, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const int64_t workers = decode_few_rows_fits(params) ? decode_few_rows_cuda(params, on)
-                                                       : decode_many_rows_cuda(params, on);
-  decode_merge_cuda(params, workers, on);
+  const bool is_few = decode_few_rows_fits(params);
+  DecodeAttentionParams p = params;
+  if (is_few && p.observed.any()) {
+    p.step_logits = p.observed_scratch;
+  } else if (p.observed.any()) {
+    p.logits = p.observed_scratch;
+  }
+  const int64_t workers = is_few ? decode_few_rows_cuda(p, on) : decode_many_rows_cuda(p, on);
+  decode_merge_cuda(p, workers, on);
 }
 
 }  // namespace kvc

@@ -24,6 +24,7 @@
 #include "attend/decode_kernels.cuh"
 #include "device/dispatch.cuh"
 #include "device/limits.cuh"
+#include "device/math.cuh"
 #include "device/mma.cuh"
 
 namespace kvc {
@@ -106,6 +107,12 @@ struct Steps {
     }
   }
   __device__ __forceinline__ bool is_there() const { return step < end; }
+  // Of this step, counted from its first.
+  __device__ __forceinline__ int last_key() const {
+    return static_cast<int>(min(length - static_cast<int64_t>(step) * X::kKeys,
+                                static_cast<int64_t>(X::kKeys))) -
+           1;
+  }
 };
 
 template <typename X>
@@ -134,23 +141,22 @@ struct Warp {
   // dropped.
   __device__ __forceinline__ void load_keys(const DecodeAttentionParams& p, const Steps<X>& at,
                                             int lane) {
+    const T* first = at.k + static_cast<int64_t>(at.step) * X::kKeys * p.k_row_stride;
+    const int last = at.last_key();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t key =
-          min(static_cast<int64_t>(at.step) * X::kKeys + lane / 4 + 8 * half, at.length - 1);
-      const T* row = at.k + key * p.k_row_stride;
+      const T* row = first + min(lane / 4 + 8 * half, last) * p.k_row_stride;
 #pragma unroll
       for (int i = 0; i < X::kKeyUnits; ++i) load_unit(keys[half][i], row + key_unit[i]);
     }
   }
   __device__ __forceinline__ void load_values(const DecodeAttentionParams& p, const Steps<X>& at,
                                               int lane) {
+    const T* first = at.v + static_cast<int64_t>(at.step) * X::kKeys * p.v_row_stride;
+    const int last = at.last_key();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t key =
-          min(static_cast<int64_t>(at.step) * X::kKeys + lane % 4 * 2 + i % 2 + i / 2 * 8,
-              at.length - 1);
-      const T* row = at.v + key * p.v_row_stride;
+      const T* row = first + min(lane % 4 * 2 + i % 2 + i / 2 * 8, last) * p.v_row_stride;
 #pragma unroll
       for (int unit = 0; unit < X::kValueUnits; ++unit) {
         load_unit(values[i][unit], row + value_unit[unit]);
@@ -233,6 +239,7 @@ struct Warp {
       now[block][column] = fmaxf(most[block][column], highest);
       grown |= now[block][column] > most[block][column];
     }
+    if (p.step_logits != nullptr) leave_logits(p, x, store, first, rows, lane);
     if (__any_sync(0xffffffffu, grown)) {
 #pragma unroll
       for (int i = 0; i < X::kBlocks * 2; ++i) {
@@ -251,8 +258,22 @@ struct Warp {
     for (int i = 0; i < X::kBlocks * 4; ++i) {
       const float highest = most[i / 4][i % 2];
       const float shift = highest == -INFINITY ? 0.0f : highest - X::kHeadroom;
-      x[i / 4][i % 4] = exp2f(x[i / 4][i % 4] - shift);
+      x[i / 4][i % 4] = exp2_approx(x[i / 4][i % 4] - shift);
       sum[i / 4][i % 2] += x[i / 4][i % 4];
+    }
+  }
+
+  // Logits in base 2 for the merge to look at; see step_logit.
+  __device__ __forceinline__ void leave_logits(const DecodeAttentionParams& p,
+                                               const float (&x)[X::kBlocks][4], int64_t store,
+                                               int64_t first, int rows, int lane) const {
+    float* to = p.step_logits + step_logit(p, store, first, 0) + lane / 4 * 4;
+#pragma unroll
+    for (int block = 0; block < X::kBlocks; ++block) {
+      const int pair = block * 4 + lane % 4;
+      if (2 * pair >= rows) continue;
+      *reinterpret_cast<float4*>(to + pair * 2 * X::kKeys) =
+          make_float4(x[block][0], x[block][1], x[block][2], x[block][3]);
     }
   }
 
@@ -374,24 +395,26 @@ __global__ void __launch_bounds__(X::kThreads, X::kResident)
   }
   Warp<X> state;
   state.place_units(static_cast<int>(p.head_dim), lane);
+  state.start(p, block.store, rows, lane);
   if (ahead.is_there()) {
     state.load_keys(p, ahead, lane);
     state.load_values(p, ahead, lane);
   }
-  do {
-    state.start(p, block.store, rows, lane);
+  while (true) {
     while (ahead.is_there() && ahead.store == block.store) {
       float x[X::kBlocks][4];
       state.logits(x);
-      const int64_t first = static_cast<int64_t>(ahead.step) * X::kKeys;
+      const int64_t step = ahead.step;
       ahead.advance(p, warp);
       if (ahead.is_there()) state.load_keys(p, ahead, lane);
-      state.softmax(p, x, block.store, first, block.length, rows, lane);
+      state.softmax(p, x, block.store, step * X::kKeys, block.length, rows, lane);
       state.add_values(x);
       if (ahead.is_there()) state.load_values(p, ahead, lane);
     }
     flush<X>(p, state, sums, attend_slot(blockIdx.x, block.store), rows, warp, lane);
-  } while (block.next_store(p, warp));
+    if (!block.next_store(p, warp)) return;
+    state.start(p, block.store, rows, lane);
+  }
 }
 
 template <typename X>

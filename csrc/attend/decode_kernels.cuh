@@ -33,17 +33,20 @@ __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartSt
   constexpr int kWarps = kThreads / kWarp;
   const auto slices = static_cast<uint32_t>(p.slices());
   const auto stores = static_cast<uint32_t>(p.num_stores());
+  uint32_t row_tiles = 0;
   if (p.lengths.data == nullptr) {  // all alike: no need to count
-    const uint32_t tiles = tiles_of<kTile>(p, 0);
+    row_tiles = tiles_of<kTile>(p, 0);
     if (blockIdx.x == 0) {
       for (uint32_t s = threadIdx.x; s <= stores; s += kThreads) {
-        p.tile_start[s] = static_cast<int64_t>(s) * tiles;
+        p.tile_start[s] = static_cast<int64_t>(s) * row_tiles;
       }
+      if (threadIdx.x == 0) p.tile_start[stores + 1] = row_tiles;
     }
-    const AttendParts parts(static_cast<int64_t>(stores) * tiles * slices, gridDim.x);
+    const AttendParts parts(static_cast<int64_t>(stores) * row_tiles * slices, gridDim.x,
+                            row_tiles);
     if (blockIdx.x >= parts.workers) return false;
-    const uint32_t begin = parts.begin(blockIdx.x), store = begin / (tiles * slices);
-    start = {store, begin - store * tiles * slices, parts.begin(blockIdx.x + 1) - begin};
+    const uint32_t begin = parts.begin(blockIdx.x), store = begin / (row_tiles * slices);
+    start = {store, begin - store * row_tiles * slices, parts.begin(blockIdx.x + 1) - begin};
     return true;
   }
   __shared__ uint32_t warp_tiles[kWarps];
@@ -51,8 +54,14 @@ __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartSt
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const uint32_t each = (stores + kThreads - 1) / kThreads;
   const uint32_t first = min(threadIdx.x * each, stores), last = min(first + each, stores);
+  row_tiles = tiles_of<kTile>(p, 0);
   uint32_t mine = 0;
-  for (uint32_t s = first; s < last; ++s) mine += tiles_of<kTile>(p, s);
+  bool is_alike = true;
+  for (uint32_t s = first; s < last; ++s) {
+    const uint32_t tiles = tiles_of<kTile>(p, s);
+    mine += tiles;
+    is_alike &= tiles == row_tiles;
+  }
   uint32_t before = mine;
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -60,7 +69,7 @@ __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartSt
     if (lane >= offset) before += other;
   }
   if (lane == kWarp - 1) warp_tiles[warp] = before;
-  __syncthreads();
+  if (!__syncthreads_and(is_alike)) row_tiles = 0;
   before -= mine;
   uint32_t total = 0;
 #pragma unroll
@@ -74,9 +83,12 @@ __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartSt
       p.tile_start[s] = at;
       at += tiles_of<kTile>(p, s);
     }
-    if (threadIdx.x == 0) p.tile_start[stores] = total;
+    if (threadIdx.x == 0) {
+      p.tile_start[stores] = total;
+      p.tile_start[stores + 1] = row_tiles;
+    }
   }
-  const AttendParts parts(static_cast<int64_t>(total) * slices, gridDim.x);
+  const AttendParts parts(static_cast<int64_t>(total) * slices, gridDim.x, row_tiles);
   if (blockIdx.x >= parts.workers) return false;
   const uint32_t begin = parts.begin(blockIdx.x);
   if (before * slices <= begin && begin < (before + mine) * slices) {

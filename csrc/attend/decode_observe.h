@@ -8,9 +8,9 @@ namespace kvc {
 
 // reduce over the query heads [first, last) of a group, in their order.
 template <typename F>
-constexpr float observed_reduce(GroupReduce reduce, int64_t first, int64_t last, F&& value) {
+constexpr float observed_reduce(GroupReduce reduce, int first, int last, F&& value) {
   float all = value(first);
-  for (int64_t g = first + 1; g < last; ++g) {
+  for (int g = first + 1; g < last; ++g) {
     const float x = value(g);
     all = reduce == GroupReduce::kMax ? (x <= all || all != all ? all : x) : all + x;
   }
@@ -23,16 +23,16 @@ template <typename Logit, typename Share>
 constexpr void observe_entry(const DecodeAttentionParams& p, int64_t store, int64_t length,
                              int64_t j, Logit&& logit, Share&& share) {
   const ObservedParams& o = p.observed;
-  const int64_t n = p.num_queries, group = p.num_q_heads / p.num_kv_heads;
+  const int n = static_cast<int>(p.num_queries), group = p.q_per_kv;
   if (o.sums != nullptr) {
-    const int64_t heads = o.sums_by_head ? group : 1;
-    for (int64_t kept = 0; kept < heads; ++kept) {
-      const int64_t first = o.sums_by_head ? kept : 0, last = o.sums_by_head ? kept + 1 : group;
+    const int heads = o.sums_by_head ? group : 1;
+    for (int kept = 0; kept < heads; ++kept) {
+      const int first = o.sums_by_head ? kept : 0, last = o.sums_by_head ? kept + 1 : group;
       float sum = 0, factor = 1;
-      for (int64_t i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i) {
         float term = 0;
         if (j < p.visible(length, i)) {
-          term = observed_reduce(o.reduce, first, last, [&](int64_t g) {
+          term = observed_reduce(o.reduce, first, last, [&](int g) {
             const float x = share(g, i);
             return o.power == 2 ? x * x : x;
           });
@@ -46,19 +46,19 @@ constexpr void observe_entry(const DecodeAttentionParams& p, int64_t store, int6
     }
   }
   if (o.history != nullptr) {
-    const int64_t seen = *o.seen.at(store / p.num_kv_heads, store % p.num_kv_heads);
-    const int64_t heads = o.history_by_head ? group : 1;
-    for (int64_t kept = 0; kept < heads; ++kept) {
-      const int64_t first = o.history_by_head ? kept : 0,
-                    last = o.history_by_head ? kept + 1 : group;
+    const int32_t seen = *o.seen.at(p.row_of_batch(store), p.kv_head(store));
+    const int heads = o.history_by_head ? group : 1;
+    for (int kept = 0; kept < heads; ++kept) {
+      const int first = o.history_by_head ? kept : 0, last = o.history_by_head ? kept + 1 : group;
       float* to = observed_history(p, store, kept) + j * o.history_row_stride;
-      for (int64_t i = 0; i < n; ++i) {
+      for (int i = 0; i < n; ++i) {
         float x = -__builtin_huge_valf();
         if (j < p.visible(length, i)) {
-          x = observed_reduce(o.reduce, first, last, [&](int64_t g) { return logit(g, i); });
+          x = observed_reduce(o.reduce, first, last, [&](int g) { return logit(g, i); });
         }
-        const int64_t column = (seen - n + i) % o.history_width;
-        to[column < 0 ? column + o.history_width : column] = x;
+        const int width = static_cast<int>(o.history_width);
+        const int column = static_cast<int>(seen - n + i) % width;
+        to[column < 0 ? column + width : column] = x;
       }
     }
   }
