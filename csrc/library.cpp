@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("ragged_decode_attention(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor lengths, SymInt max_length, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");
   library.def("observed_decode_attention_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor(a!)? sums, Tensor? weights, Tensor(b!)? history, Tensor? seen, float softmax_scale, float decay, int power, int group_reduce) -> (Tensor, Tensor)");
   library.def("observed_ragged_decode_attention_(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor lengths, Tensor(a!)? sums, Tensor? weights, Tensor(b!)? history, Tensor? seen, SymInt max_length, float softmax_scale, float decay, int power, int group_reduce) -> (Tensor, Tensor)");
+  library.def("output_terms_(Tensor(a!) sums, Tensor out, Tensor v, Tensor logits, Tensor lse, Tensor? lengths, float decay, int terms) -> ()");
   library.def("set_debug(bool enabled) -> ()");
   library.def("build_id() -> int");
 }

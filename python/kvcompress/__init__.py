@@ -15,6 +15,7 @@ from kvcompress.observed import observed_decode_attention_, observed_ragged_deco
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import head_counts, topk, topk_ragged  # noqa: E402
 from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
+from kvcompress.terms import output_terms_  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "history_scores",
     "observed_decode_attention_",
     "observed_ragged_decode_attention_",
+    "output_terms_",
     "ragged_decode_attention",
     "set_debug",
     "topk",

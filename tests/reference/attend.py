@@ -122,3 +122,40 @@ def observe(
                     column = (tokens[b][h] - n + i) % history.shape[3]
                     row[: counts[b][h], column] = columns[head, i, : counts[b][h]]
     return sums, history
+
+
+def output_terms(
+    sums: Tensor,
+    out: Tensor,
+    v: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    terms: tuple[str, ...] = ("value", "key", "cross"),
+    decay: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What kvcompress.output_terms_ leaves in sums."""
+    out, v, logits, lse, sums = (t.to(dtype) for t in (out, v, logits, lse, sums))
+    batch, heads, capacity, _ = v.shape
+    n = out.shape[2]
+    values = v.repeat_interleave(out.shape[1] // heads, 1)
+    visible = logits > -INF
+    shares = (logits - lse[..., None]).exp().masked_fill(~visible, 0)
+    s = logits.masked_fill(~visible, 0)
+    value_square = values.square().sum(-1)[:, :, None]
+    product, out_square = out @ values.mT, out.square().sum(-1, keepdim=True)
+    forms = {
+        "value": shares**2 * value_square,
+        "key": (shares * s) ** 2 * (value_square + out_square - 2 * product),
+        "cross": 2 * shares**2 * s * (value_square - product),
+    }
+    total = torch.stack([forms[term] for term in terms]).sum(0).masked_fill(~visible, 0)
+    total = total.unflatten(1, (heads, -1)).sum(2)  # [batch, kv heads, queries, capacity]
+    added = torch.zeros_like(sums)
+    for i in range(n):
+        added = (0 if decay == 0 else added * decay) + total[:, :, i]
+    new = added if decay == 0 else sums * decay**n + added
+    counts = torch.tensor(_counts(lengths, batch, heads, capacity), device=v.device)
+    return torch.where(torch.arange(capacity, device=v.device) < counts[..., None], new, sums)
