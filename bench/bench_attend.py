@@ -1,54 +1,204 @@
-"""Decode attention of one token, on a Llama-3.1-8B layer: 32 query heads, 8 kv heads, head_dim 128, bfloat16."""
+"""Decode attention of one token, plain and observed, dense and ragged, and the step's eviction; head_dim 128, bfloat16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvcompress
 from bench.harness import Case
 
-Q_HEADS, KV_HEADS, DIM = 32, 8, 128
+KV_HEADS, DIM = 8, 128
+SHAPES = [  # batch, query heads per kv head, entries a head
+    (1, 4, 1024),
+    (1, 4, 8192),
+    (1, 8, 8192),
+    (1, 4, 32768),
+    (8, 4, 8192),
+    (8, 4, 32768),
+    (8, 8, 32768),
+    (64, 4, 1024),
+]
+
+
+@dataclass
+class Inputs:
+    q: Tensor
+    k: Tensor  # dense; the ragged forms read the same memory as packed rows
+    v: Tensor
+    lengths: Tensor  # [batch], all full
+    sums: Tensor  # [batch, kv heads, entries]
+    even: tuple[Tensor, Tensor]  # row_start, lengths
+    skewed: tuple[Tensor, Tensor]  # head 0 of every row has ten times the entries of the others
+    longest: int
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        return self.k.view(-1, DIM), self.v.view(-1, DIM)
+
+
+def inputs(device: torch.device, batch: int, q_per_kv: int, length: int) -> Inputs:
+    q = torch.randn(batch, KV_HEADS * q_per_kv, 1, DIM, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, KV_HEADS, length, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))
+    share = length * KV_HEADS // (KV_HEADS + 9)
+    skewed = torch.tensor([length * KV_HEADS - share * (KV_HEADS - 1)] + [share] * (KV_HEADS - 1)).repeat(batch)
+    even = torch.full_like(skewed, length)
+
+    def store(lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return (lengths.cumsum(0) - lengths).to(device), lengths.int().to(device)
+
+    full = torch.full((batch,), length, dtype=torch.int32, device=device)
+    sums = torch.zeros(batch, KV_HEADS, length, device=device)
+    return Inputs(q, k, v, full, sums, store(even), store(skewed), int(skewed.max()))
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
+    """The query heads of a kv head as query rows, which torch's backends split best."""
+
+    def run(x: Inputs) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(x.q.view(len(x.k), KV_HEADS, -1, DIM), x.k, x.v)
+
+    return run
+
+
+def plain(x: Inputs) -> object:
+    return kvcompress.decode_attention(x.q, x.k, x.v, lengths=x.lengths)
+
+
+def ragged(x: Inputs) -> object:
+    return kvcompress.ragged_decode_attention(x.q, *x.packed, *x.skewed, max_length=x.longest)
+
+
+def attention(device: torch.device, batch: int, q_per_kv: int, length: int) -> Iterator[Case]:
+    size = 2 * batch * KV_HEADS * length * DIM * 2
+    label = f"B{batch} {length} entries a head, {q_per_kv} query heads"
+    params = {"batch": batch, "entries": length, "q_per_kv": q_per_kv, "dtype": "bfloat16"}
+
+    def make() -> Inputs:
+        return inputs(device, batch, q_per_kv, length)
+
+    peers = {"torch SDPA": lambda x: F.scaled_dot_product_attention(x.q.view(batch, KV_HEADS, -1, DIM), x.k, x.v)}
+    if device.type == "cuda":
+        peers = {
+            "torch SDPA, cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "torch SDPA, flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        }
+    yield Case(
+        op="decode_attention",
+        label=label,
+        make=make,
+        variants={
+            "kvcompress": lambda x: kvcompress.decode_attention(x.q, x.k, x.v),
+            "kvcompress, lengths": plain,
+            "kvcompress, ragged, equal heads": lambda x: kvcompress.ragged_decode_attention(
+                x.q, *x.packed, *x.even, max_length=length
+            ),
+            "kvcompress, ragged 10 : 1": ragged,
+            **peers,
+        },
+        tests=("decode_attention", "ragged_decode_attention"),
+        read=size,
+        footprint=size,
+        graph=True,
+        core=True,
+        params=params,
+    )
+    yield Case(
+        op="observed_decode_attention_",
+        label=f"{label}, column sums",
+        make=make,
+        variants={
+            "kvcompress": lambda x: kvcompress.observed_decode_attention_(
+                x.q, x.k, x.v, lengths=x.lengths, sums=x.sums
+            ),
+            "kvcompress, ragged 10 : 1": lambda x: kvcompress.observed_ragged_decode_attention_(
+                x.q, *x.packed, *x.skewed, max_length=x.longest, sums=x.sums.view(-1)
+            ),
+            "kvcompress, not observed": plain,
+            "kvcompress, ragged 10 : 1, not observed": ragged,
+        },
+        tests=("observed_decode_attention_", "observed_ragged_decode_attention_"),
+        read=size + 4 * batch * KV_HEADS * length,
+        written=4 * batch * KV_HEADS * length,
+        footprint=size,
+        graph=True,
+        params=params,
+    )
+
+
+def eviction(device: torch.device, batch: int, capacity: int) -> Case:
+    """One new token into a full store, victims by score; beside it the same in torch: argmin and two scatters."""
+
+    def make() -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+        buffers, rows = (
+            [torch.randn(batch, KV_HEADS, n, DIM, device=device, dtype=torch.bfloat16) for _ in range(2)]
+            for n in (capacity, 1)
+        )
+        positions = torch.arange(capacity, dtype=torch.int32, device=device).repeat(batch, KV_HEADS, 1)
+        lengths = torch.full((batch, KV_HEADS), capacity, dtype=torch.int32, device=device)
+        return buffers, rows, positions, lengths, lengths.clone(), torch.rand(batch, KV_HEADS, capacity, device=device)
+
+    def ours(x) -> object:
+        return kvcompress.evict_append_(*x[:5], scores=x[5], sink=4, window=32)
+
+    def in_torch(x) -> None:
+        buffers, rows, positions, _, seen, scores = x
+        stays = (positions < 4) | (positions >= seen[..., None] - 32)
+        slot = scores.masked_fill(stays, float("inf")).argmin(-1, keepdim=True)
+        for buffer, row in zip(buffers, rows):
+            buffer.scatter_(2, slot[..., None].expand_as(row), row)
+        positions.scatter_(2, slot, seen[..., None])
+        scores.scatter_(2, slot, 0.0)
+        seen.add_(1)
+
+    return Case(
+        op="evict_append_",
+        label=f"B{batch} a full store of {capacity}",
+        make=make,
+        variants={"kvcompress": ours, "torch argmin + scatter": in_torch},
+        read=batch * KV_HEADS * (8 * capacity + 4 * DIM),
+        written=batch * KV_HEADS * 4 * DIM,
+        footprint=4 * batch * KV_HEADS * capacity * DIM,
+        graph=True,
+        params={"batch": batch, "capacity": capacity},
+    )
+
+
+def ranking(device: torch.device, capacity: int, width: int) -> Case:
+    """What the last `width` queries think of the entries of a layer; beside it torch's softmax and sum."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        history = torch.randn(1, KV_HEADS, capacity, width, device=device)
+        positions = torch.arange(capacity, dtype=torch.int32, device=device).repeat(1, KV_HEADS, 1)
+        full = torch.full((1, KV_HEADS), capacity, dtype=torch.int32, device=device)
+        return history, positions, full, full
+
+    return Case(
+        op="history_scores",
+        label=f"B1 {capacity} entries, {width} queries",
+        make=make,
+        variants={
+            "kvcompress": lambda x: kvcompress.history_scores(*x, window=width),
+            "torch softmax + sum": lambda x: x[0][:, :, :-width].softmax(2).sum(3),
+        },
+        read=4 * KV_HEADS * capacity * (width + 1),
+        written=4 * KV_HEADS * capacity,
+        footprint=4 * KV_HEADS * capacity * width,
+        graph=True,
+        params={"capacity": capacity, "width": width},
+    )
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    shapes = [(1, 1024), (1, 8192), (1, 32768), (8, 32768), (64, 1024)]
-    if quick or device.type == "cpu":
-        shapes = [(1, 8192)]
-    for batch, length in shapes:
-
-        def make(batch: int = batch, length: int = length):
-            q = torch.randn(batch, Q_HEADS, 1, DIM, device=device, dtype=torch.bfloat16)
-            k, v = (torch.randn(batch, KV_HEADS, length, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))
-            # ragged: the same entries in all, head 0 with ten times the share of the others
-            share = length * KV_HEADS // (KV_HEADS + 9)
-            lengths = ([length * KV_HEADS - share * (KV_HEADS - 1)] + [share] * (KV_HEADS - 1)) * batch
-            ends = torch.tensor(lengths, device=device)
-            starts = ends.cumsum(0) - ends
-            packed = [t.reshape(-1, DIM) for t in (k, v)]
-            return q, k, v, packed, starts, ends.int(), max(lengths)
-
-        def sdpa(x) -> torch.Tensor:
-            return F.scaled_dot_product_attention(x[0].view(-1, KV_HEADS, Q_HEADS // KV_HEADS, DIM), x[1], x[2])
-
-        def ragged(x) -> object:
-            return kvcompress.ragged_decode_attention(x[0], *x[3], x[4], x[5], max_length=x[6])
-
-        size = 2 * batch * KV_HEADS * length * DIM * 2
-        yield Case(
-            op="decode_attention",
-            label=f"B{batch} {length} entries a head",
-            make=make,
-            variants={
-                "kvcompress": lambda x: kvcompress.decode_attention(x[0], x[1], x[2]),
-                "kvcompress, ragged 10 : 1": ragged,
-                "torch SDPA, group folded": sdpa,
-            },
-            read=size,
-            footprint=size,
-            graph=True,
-            core=True,
-            params={"batch": batch, "entries": length, "dtype": "bfloat16"},
-        )
+    is_short = quick or device.type == "cpu"
+    for batch, q_per_kv, length in SHAPES[1:2] if is_short else SHAPES:
+        yield from attention(device, batch, q_per_kv, length)
+    for batch, capacity in [(1, 1025)] if is_short else [(1, 1025), (8, 1025), (1, 8193)]:
+        yield eviction(device, batch, capacity)
+    yield ranking(device, 1025, 32)
