@@ -154,6 +154,22 @@ def measure(args: argparse.Namespace) -> dict:
     return {"where": where(args), "wall_s": None if held else round(wall, 1), "lines": lines}
 
 
+def joined(old: dict, new: dict) -> dict:
+    """The lines of both; of what both have, the new ones. Every line says which run it is of."""
+    runs = old.get("runs") or [{name: old.get(name) for name in ("where", "wall_s", "note") if name in old}]
+    runs = [*runs, {name: new[name] for name in ("where", "wall_s")}]
+
+    def kind(line: dict) -> tuple:
+        return line["method"], line["budget"], line["length"], line["question_visible"]
+
+    measured = {kind(line) for line in new["lines"]}
+    lines = [{"run": 0, **line} for line in old["lines"] if kind(line) not in measured]
+    lines += [{"run": len(runs) - 1, **line} for line in new["lines"]]
+    order = {name: place for place, name in enumerate(["full", *board(None)])}
+    lines.sort(key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"]))
+    return {"runs": runs, "lines": lines}
+
+
 def where(args: argparse.Namespace) -> dict:
     import torch
 
@@ -277,11 +293,14 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true", help="leave out the timing of each method")
     parser.add_argument("--records", type=Path, default=RESULTS / "quality_kvc_mini.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_kvc_mini.json")
+    parser.add_argument("--add", action="store_true", help="lines of --out that this run does not measure stay")
     parser.add_argument("--table", action="store_true", help="print --out as Markdown and end")
     parser.add_argument("--plot", type=Path, help="draw --out and end")
     args = parser.parse_args()
     if not args.table and not args.plot:
         result = measure(args)
+        if args.add:
+            result = joined(json.loads(args.out.read_text()), result)
         rows = ",\n  ".join(json.dumps(line) for line in result.pop("lines"))
         args.out.write_text(json.dumps(result, indent=1)[:-2] + f',\n "lines": [\n  {rows}\n ]\n}}\n')
     result = json.loads(args.out.read_text())
