@@ -66,7 +66,8 @@ def observed_decode_attention_(
     Raises:
         ValueError, TypeError: ``observed_decode_attention_: argument must be ..., got ...``.
 
-    Scratch: that of `decode_attention`, and the logits: ``4 * batch * num_q_heads * num_queries * capacity`` bytes.
+    Scratch: that of `decode_attention`, and the logits: ``4 * batch * num_q_heads * num_queries * capacity`` bytes, the rows of
+    a kv head rounded up to an even number and the capacity to a multiple of 16.
 
     Example:
         >>> q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
@@ -115,7 +116,8 @@ def observed_ragged_decode_attention_(
     Raises:
         ValueError, TypeError: ``observed_ragged_decode_attention_: argument must be ..., got ...``.
 
-    Scratch: that of `ragged_decode_attention`, and the logits: ``4 * batch * num_q_heads * num_queries * max_length`` bytes.
+    Scratch: that of `ragged_decode_attention`, and the logits: ``4 * batch * num_q_heads * num_queries * max_length`` bytes,
+    rounded up likewise.
 
     Example:
         >>> q, k, v = torch.randn(1, 4, 1, 64), torch.randn(40, 64), torch.randn(40, 64)
