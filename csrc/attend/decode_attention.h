@@ -161,9 +161,9 @@ struct DecodeAttentionParams {
 
 // The parts of a line of tiles, each of one worker; workers without a tile do not exist. A row of
 // the line is one slice of query rows of one store. Where all rows have `row_tiles` tiles, and that
-// leaves at most a tenth of the workers idle, parts begin and end with rows or divide them: at every
-// border inside a part the warps of its worker meet and start anew. Else all parts are equal but for
-// one tile. 32 bits: 2^32 tiles are more keys than any memory holds.
+// leaves at most a tenth of the workers idle, parts begin and end with rows or divide them: at
+// every border inside a part the warps of its worker meet and start anew. Else all parts are equal
+// but for one tile. 32 bits: 2^32 tiles are more keys than any memory holds.
 struct AttendParts {
   uint32_t workers = 0;
   uint32_t row_tiles = 0;  // 0: equal parts of the line
