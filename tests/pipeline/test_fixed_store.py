@@ -15,6 +15,8 @@ FIXED = {
     for name in ("h2o", "h2o_decay", "h2o_q_heads", "tova", "tova_per_head", "morphkv", "morphkv_max")
 }
 FIXED |= {
+    "obcache": METHODS["obcache"],
+    "obcache_key": create("obcache", budget=BUDGET, window=8, decode=True, kind="key", latest_only=True),
     "snapkv_morphkv": METHODS["snapkv_morphkv"],
     "snapkv": create("snapkv", budget=BUDGET, window=5),
     "streaming_llm": create("streaming_llm", budget=BUDGET),
@@ -120,6 +122,7 @@ def test_what_cannot_be_fixed_is_refused(device):
         (create("morphkv", budget=BUDGET, window=4, evict_after=1.5), "one entry a token"),
         (create("knorm", budget=BUDGET, decode=True), "a statistic that knows slots in no order, got Rescored"),
         (create("h2o", budget=BUDGET, decode=True, per_viewer=True), "per_viewer must be False"),
+        (METHODS["obcache_pooled"], "slots have no neighbours"),
         (create("adakv", budget=BUDGET, inner=FIXED["snapkv"]), "heads must keep equal numbers"),
     ):
         with pytest.raises(ValueError, match=why):

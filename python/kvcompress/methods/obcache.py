@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,16 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from kvcompress import budget, score, select
 from kvcompress.cache import DenseStore
 from kvcompress.columns import Statistic, column_sums
+from kvcompress.decode import decode_attention
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
 from kvcompress.statistic import Observed, Scores, attend_and_observe, by_kv_head, kept_of
+from kvcompress.terms import Term, output_terms_
 from kvcompress.when import EveryStep
+
+if TYPE_CHECKING:
+    from kvcompress.fixed import FixedStore
 
 Kind = Literal["value", "key", "joint"]
 
@@ -206,6 +211,40 @@ class PerturbationSums:
         slot = torch.arange(store.max_length, device=change.device)
         prefix = slot < (store.device_lengths - self.score.recent)[:, None, None]
         return self.score.pooled(change, prefix.expand_as(change))
+
+    shares_victims = False
+
+    def check_fixed(self) -> None:
+        if self.score.pool != "none":
+            raise ValueError(
+                f'obcache: pool must be "none" in a fixed store, whose slots have no neighbours, got "{self.score.pool}"'
+            )
+        if self.score.p != 2 or not self.score.value_norm:
+            raise ValueError("obcache: p must be 2 with the norm of v in a fixed store, got another value score")
+
+    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+        return store.beside["change"], None
+
+    def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
+        out, lse, logits = decode_attention(
+            query, store.keys, store.values, lengths=store.lengths, softmax_scale=softmax_scale, return_logits=True
+        )
+        terms: dict[Kind, tuple[Term, ...]] = {
+            "value": ("value",),
+            "key": ("key",),
+            "joint": ("value", "key", "cross") if self.score.cross else ("value", "key"),
+        }
+        output_terms_(
+            store.beside["change"],
+            out,
+            store.values,
+            logits,
+            lse,
+            lengths=store.lengths[:, 0].contiguous(),
+            terms=terms[self.score.kind],
+            decay=0.0 if self.latest_only else 1.0,
+        )
+        return out
 
     def __str__(self) -> str:
         return "change of the outputs so far without the entry"

@@ -104,7 +104,7 @@ class FixedCache(CompressedCache):
 
     Args:
         config: the model's configuration; all its layers attend in full.
-        method: cuts once, or evicts one entry a token (`morphkv`, `h2o`, `tova` with ``decode=True``, `streaming_llm`,
+        method: cuts once, or evicts one entry a token (`morphkv`; `h2o`, `tova`, `obcache` with ``decode=True``; `streaming_llm`,
             `sliding_window`). None keeps every entry.
         room: tokens that may come behind the prompt where nothing is evicted.
         capacity: slots of a layer, the same for every prompt; None: as many as the prompt at hand needs. With a budget in
