@@ -29,10 +29,10 @@ TABLE = {
         ("cosine_importance", "B1 S32768 hidden 4096"),
         ("step", "B1 S32768 W64 k 1024"),
         ("step, lse given", "B1 S32768 W64 k 1024"),
-        ("decode_attention", "B1 1024 entries a head"),
-        ("decode_attention", "B1 8192 entries a head"),
-        ("decode_attention", "B8 32768 entries a head"),
-        ("decode_attention", "B64 1024 entries a head"),
+        ("decode_attention", "B1 1024 entries a head, 4 query heads"),
+        ("decode_attention", "B1 8192 entries a head, 4 query heads"),
+        ("decode_attention", "B8 32768 entries a head, 4 query heads"),
+        ("decode_attention", "B64 1024 entries a head, 4 query heads"),
     ],
     "cpu": [
         ("window_scores", "B1 S8192 W32 avg5"),
@@ -43,7 +43,7 @@ TABLE = {
         ("compact_, gather", "B1 S8192 k 2048"),
         ("cosine_importance", "B1 S8192 hidden 4096"),
         ("step", "B1 S8192 W64 k 1024"),
-        ("decode_attention", "B1 8192 entries a head"),
+        ("decode_attention", "B1 8192 entries a head, 4 query heads"),
     ],
 }
 OURS = {"compact_, gather": "compact_"}  # which op the variant "kvcompress" is, where the case names two

@@ -126,3 +126,16 @@ def test_the_script_is_this_tree():
     path = command.script()
     assert path is not None
     assert path == Path(run.__file__)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_rows_of_the_table_are_cases(kind):
+    device = torch.device(kind)  # cases make no tensor before they run
+    core = {
+        (one.op, one.label)
+        for stage in run.stages()
+        if stage != "methods"
+        for one in run.stage_cases(stage, device, quick=False)
+        if one.core
+    }
+    assert [row for row in report.TABLE[kind] if row not in core] == []
