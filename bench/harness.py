@@ -133,8 +133,8 @@ class Runner:
                     if case.restore:
                         case.restore(inputs)
                 sync(device)
-            except (RuntimeError, ValueError, AttributeError, TypeError) as error:
-                self.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            except Exception as error:  # another library may fail in any way
+                self.failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 continue
             self.variants[name] = run
             if case.graph and device.type == "cuda" and name.startswith("kvcompress"):
