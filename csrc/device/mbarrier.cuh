@@ -62,4 +62,9 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
   }
 }
 
+// __syncthreads of the first `threads` threads that come here, barrier `id` from 1 to 15.
+__device__ __forceinline__ void partial_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 }  // namespace kvc

@@ -29,11 +29,13 @@ __host__ __device__ constexpr int swizzled(int row, int unit) {
 
 // --- host
 
-// Whether rows [d1, d2, d3, width] of 16-bit elements can be described: 16-byte steps everywhere.
-// A dimension of size 1 is never stepped over.
-inline bool tma_takes(const void* data, const int64_t (&sizes)[3], const int64_t (&strides)[3]) {
+// Whether rows of 16-bit elements with these outer dimensions can be described: 16-byte steps
+// everywhere. A dimension of size 1 is never stepped over.
+template <int kOuter>
+inline bool tma_takes(const void* data, const int64_t (&sizes)[kOuter],
+                      const int64_t (&strides)[kOuter]) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kOuter; ++i) {
     const bool stepped = sizes[i] > 1;
     if (stepped && (strides[i] <= 0 || strides[i] % 8 != 0 || strides[i] >= int64_t{1} << 39)) {
       return false;
@@ -43,10 +45,13 @@ inline bool tma_takes(const void* data, const int64_t (&sizes)[3], const int64_t
   return true;
 }
 
-// The map of rows [sizes[2], sizes[1], sizes[0], width], sizes[0] the rows of one head, in boxes of
-// box_rows x 64. The encoder comes from the driver through the runtime: nothing links libcuda.
-inline CUtensorMap row_map(const char* op, DType dtype, const void* data, int64_t width,
-                           const int64_t (&sizes)[3], const int64_t (&strides)[3], int box_rows) {
+// The map of a tensor of 16-bit elements in swizzled boxes, dimensions from the innermost on:
+// sizes[rank], strides[rank - 1] in elements (of dimensions 1 and up), box[rank]. The encoder comes
+// from the driver through the runtime: nothing links libcuda.
+template <int kRank>
+inline CUtensorMap tensor_map(const char* op, DType dtype, const void* data,
+                              const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
+                              const int (&box)[kRank]) {
   using Encode =
       CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -63,19 +68,19 @@ inline CUtensorMap row_map(const char* op, DType dtype, const void* data, int64_
     return reinterpret_cast<Encode>(entry);
   }();
 
-  const cuuint64_t dims[4] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(sizes[0]),
-                              static_cast<cuuint64_t>(sizes[1]), static_cast<cuuint64_t>(sizes[2])};
-  cuuint64_t bytes[3];
-  for (int i = 0; i < 3; ++i) {
-    bytes[i] = sizes[i] > 1 ? static_cast<cuuint64_t>(strides[i]) * 2 : 16;
+  cuuint64_t dims[kRank], bytes[kRank - 1];
+  cuuint32_t boxes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    dims[i] = static_cast<cuuint64_t>(sizes[i]);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+    if (i > 0) bytes[i - 1] = sizes[i] > 1 ? static_cast<cuuint64_t>(strides[i - 1]) * 2 : 16;
   }
-  const cuuint32_t box[4] = {kSlabElements, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = encode(
       &map,
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(data), dims, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kRank, const_cast<void*>(data), dims, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
@@ -83,6 +88,14 @@ inline CUtensorMap row_map(const char* op, DType dtype, const void* data, int64_
                              std::to_string(static_cast<int>(result)));
   }
   return map;
+}
+
+// The map of rows [sizes[2], sizes[1], sizes[0], width], sizes[0] the rows of one head, in boxes of
+// box_rows x 64.
+inline CUtensorMap row_map(const char* op, DType dtype, const void* data, int64_t width,
+                           const int64_t (&sizes)[3], const int64_t (&strides)[3], int box_rows) {
+  return tensor_map<4>(op, dtype, data, {width, sizes[0], sizes[1], sizes[2]}, strides,
+                       {kSlabElements, box_rows, 1, 1});
 }
 
 // --- device; the map is a __grid_constant__ kernel parameter
@@ -100,6 +113,17 @@ __device__ __forceinline__ void tma_load_rows(void* shared, const CUtensorMap* m
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
       "%4, %5, %6}], [%2];" ::"r"(to),
       "l"(map), "r"(mbarrier_address(barrier)), "r"(column), "r"(row), "r"(h), "r"(b)
+      : "memory");
+}
+
+// One box of a map of five dimensions.
+__device__ __forceinline__ void tma_load_5d(void* shared, const CUtensorMap* map, Mbarrier* barrier,
+                                            int x0, int x1, int x2, int x3, int x4) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(map), "r"(mbarrier_address(barrier)), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
       : "memory");
 }
 

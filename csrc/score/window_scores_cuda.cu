@@ -218,15 +218,15 @@ __device__ __forceinline__ float joined(const WindowScoresParams& p, const float
 }
 
 constexpr int kColumnThreads = 256;
-constexpr int kColumns = 4 * kColumnThreads;  // of a block
+constexpr int kColumns = 2 * kColumnThreads;  // of a block
 constexpr int kMaxHalo = 128;                 // columns on either side that a pool may reach for
 
 // Columns [first, last) of votes, or of a copy of them in shared memory.
-template <typename VoteAt>
-__device__ __forceinline__ float pooled(const WindowScoresParams& p, int64_t first, int64_t last,
+template <typename Index, typename VoteAt>
+__device__ __forceinline__ float pooled(const WindowScoresParams& p, Index first, Index last,
                                         VoteAt&& vote_at) {
   float all = p.pool == Pool::kMax ? -kInf : 0.0f;
-  for (int64_t i = first; i < last; ++i) {
+  for (Index i = first; i < last; ++i) {
     const float vote = vote_at(i);
     all = p.pool == Pool::kMax ? nan_max(all, vote) : all + vote;
   }
@@ -247,7 +247,6 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int group = static_cast<int>(p.vote_heads()) / out_heads;  // 1 unless the pool came first
   const int64_t row_votes = planes * p.seq_len;
   const float* votes = p.votes + (b * p.vote_heads() + h * group) * row_votes;
-  launch_wait();  // for the votes
 
   float scores[kColumns / kColumnThreads];
   for (int g = 0; g < group; ++g, votes += row_votes) {
@@ -268,7 +267,8 @@ __global__ void __launch_bounds__(kColumnThreads)
       const float one =
           half > kMaxHalo
               ? pooled(p, first, last, [&](int64_t i) { return joined(p, votes + i, planes); })
-              : pooled(p, first - j0 + half, last - j0 + half, [&](int64_t i) { return line[i]; });
+              : pooled(p, static_cast<int>(first - j0 + half), static_cast<int>(last - j0 + half),
+                       [&](int i) { return line[i]; });
       scores[c] = g == 0                                ? one
                   : p.group_reduce == GroupReduce::kMax ? nan_max(scores[c], one)
                                                         : scores[c] + one;
@@ -314,9 +314,9 @@ void launch(const WindowScoresParams& p, cudaStream_t stream) {
   const int64_t blocks_per_row = ceil_div(p.seq_len, kColumns);
   const int64_t rows = p.batch * p.out_heads();
   const bool planes = wgmma && !p.votes_per_q_head();
-  Launch(static_cast<unsigned>(blocks_per_row * rows), kColumnThreads, 0, stream)
-      .early(wgmma)(kOp, write_scores_kernel, p, static_cast<int>(blocks_per_row),
-                    planes ? static_cast<int>(p.row_groups()) : 1);
+  Launch(static_cast<unsigned>(blocks_per_row * rows), kColumnThreads, 0, stream)(
+      kOp, write_scores_kernel, p, static_cast<int>(blocks_per_row),
+      planes ? static_cast<int>(p.row_groups()) : 1);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // The query heads of a kv head are cut into row groups of at most 256 rows, whole heads, each
 // window padded to a multiple of 8: r = head in group * padded window + i. A block owns a row group
-// and a chunk of keys. No warp is set apart to fill the ring: that would cost the others registers.
+// and every chunks-th stage of its keys. One extra warp asks for them: where memory is the bound,
+// the thread that asks waits.
 //   pass 1  rows on the M side, from registers: a warpgroup owns 64 rows, all read the same keys.
 //           A thread sums exp2(x - reference) over its share of the columns. The reference is the
 //           first maximum it met: a float carries sums of 2^64 as exactly as sums of 1, so it moves
@@ -35,6 +36,7 @@ namespace {
 constexpr const char* kOp = "window_scores";
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kLowest = -1.7e38f;  // "no logit yet": finite, so that differences are never NaN
+constexpr int kAhead = 2;  // stages asked for before queries and sums: a full ring delays these
 
 template <typename Int>
 __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
@@ -93,32 +95,36 @@ struct RowGroup {
     return (b * p.num_q_heads + h * p.q_per_kv() + group * plan.group_heads + g) * p.window + i;
   }
 
-  // The query rows [0, rows) as swizzled slabs of slab_rows rows, zeros for padding. Complete after
-  // copy_async_wait, async_proxy_fence and a barrier.
-  template <typename T, int kSlabs>
-  __device__ __forceinline__ void load_queries(unsigned char* to, int slab_rows,
-                                               int threads) const {
-    const int head_dim = static_cast<int>(p.head_dim);
-    constexpr int kUnits = kSlabs * 8;
-    for (int item = threadIdx.x; item < slab_rows * kUnits; item += threads) {
-      const int r = item / kUnits, unit = item % kUnits;
-      const bool inside = unit * 8 < head_dim && limit(r) >= 0;
-      const T* from = static_cast<const T*>(p.q);
-      if (inside) {
-        const int g = plan.padded_window.quotient(r);
-        const int i = r - g * static_cast<int>(plan.padded_window.divisor);
-        from += b * p.q_batch_stride +
-                (h * p.q_per_kv() + group * plan.group_heads + g) * p.q_head_stride +
-                i * p.q_row_stride + unit * 8;
-      }
-      copy_async_16(to + unit / 8 * slab_rows * kSlabRowBytes + swizzled(r, unit % 8), from,
-                    inside);
+  // The query rows as swizzled slabs of slab_rows rows; one thread asks, their bytes arrive at the
+  // barrier. Heads beyond the group and rows beyond the window come as zeros.
+  template <int kSlabs>
+  __device__ __forceinline__ void ask_queries(unsigned char* to, int slab_rows,
+                                              const CUtensorMap* map, Mbarrier* barrier) const {
+    mbarrier_expect_bytes(barrier, kSlabs * plan.rows * kSlabRowBytes);
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      tma_load_5d(to + slab * slab_rows * kSlabRowBytes, map, barrier, slab * kSlabElements, 0,
+                  group * plan.group_heads, h, b);
     }
-    copy_async_commit();
+  }
+  // Zeros where TMA left what was there, behind the last row, or brought left padding, which may be
+  // NaN. All `threads` threads, once the bytes have arrived.
+  template <int kSlabs>
+  __device__ __forceinline__ void clear_padding(unsigned char* queries, int slab_rows,
+                                                int used_rows, int threads) const {
+    if (plan.rows == used_rows && p.first_query >= start) return;
+    for (int item = threadIdx.x; item < used_rows * 8; item += threads) {
+      if (limit(item / 8) >= 0) continue;
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        unsigned char* at = queries + slab * slab_rows * kSlabRowBytes + item * 16;
+        *reinterpret_cast<uint4*>(at) = uint4{};
+      }
+    }
   }
 };
 
-// A ring of stages of kRows keys, which consuming threads also fill; see mbarrier.cuh.
+// The ring that one thread fills with stages of kRows keys; see mbarrier.cuh.
 template <int kStages_, int kRows_, int kSlabs_>
 struct KeyRing {
   static constexpr int kStages = kStages_, kRows = kRows_, kSlabs = kSlabs_;
@@ -167,13 +173,15 @@ struct RowTraits {
   using T = T_;
   static constexpr int kSteps = kSteps_;  // of 16 elements of head_dim
   static constexpr int kSlabs = (kSteps + 3) / 4;
-  static constexpr int kKeys = 64;  // of a stage and product
+  static constexpr int kKeys = 128;  // of a stage and product
   static constexpr int kWarpgroups = 4;
-  static constexpr int kThreads = kWarpgroups * kWarpgroup;
-  using Ring = KeyRing<8, kKeys, kSlabs>;
+  static constexpr int kConsumers = kWarpgroups * kWarpgroup;
+  static constexpr int kThreads = kConsumers + kWarp;
+  using Ring = KeyRing<4, kKeys, kSlabs>;
   static constexpr int kQueryBytes = kSlabs * kRowGroup * kSlabRowBytes;
   struct Shared {
     typename Ring::Barriers barriers;
+    Mbarrier queries;
     float2 parts[kWarpgroups][64];
   };
   static constexpr int kSharedBytes =
@@ -229,7 +237,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     row_sums_sm90a_kernel(const __grid_constant__ WindowScoresParams p,
                           const __grid_constant__ Plan plan,
-                          const __grid_constant__ CUtensorMap keys) {
+                          const __grid_constant__ CUtensorMap query_map,
+                          const __grid_constant__ CUtensorMap key_map) {
   using T = typename Traits::T;
   using Ring = typename Traits::Ring;
   extern __shared__ unsigned char raw[];
@@ -249,87 +258,72 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int end = (rows.greatest_limit() + Traits::kKeys) / Traits::kKeys;
   const int count = ceil_div(max(end - first, 0), plan.row_chunks);
   const auto key_of = [&](int n) { return (first + n * plan.row_chunks) * Traits::kKeys; };
-  const auto fill = [&](int n) { ring.fill(&keys, n, key_of(n), rows.h, rows.b); };
 
-  if (threadIdx.x == 0) {
+  const bool asks = threadIdx.x == Traits::kConsumers;
+  if (asks) {
+    mbarrier_init(&shared.queries, 1);
     ring.init(4 * plan.warpgroups_m);
-    for (int n = 0; n < min(count, Ring::kStages); ++n) fill(n);
   }
-  rows.load_queries<T, Traits::kSlabs>(queries, 64 * plan.warpgroups_m, Traits::kThreads);
-  copy_async_wait<0>();
   __syncthreads();
   launch_dependents();
+  if (warp == 4 * Traits::kWarpgroups) {
+    if (asks) {
+      rows.ask_queries<Traits::kSlabs>(queries, kRowGroup, &query_map, &shared.queries);
+      for (int n = 0; n < min(count, kAhead); ++n)
+        ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
+    }
+    __syncthreads();  // with the others, when they are ready
+    if (asks) {
+      for (int n = kAhead; n < count; ++n) ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
+    }
+    return;
+  }
 
   const int row0 = warpgroup % plan.warpgroups_m * 64, share = warpgroup / plan.warpgroups_m;
-  const bool filler = row0 == 0 && warp % 4 == 0 && lane == 0;
-  uint32_t a[Traits::kSteps][4];
+  mbarrier_wait(&shared.queries, 0);
+  rows.clear_padding<Traits::kSlabs>(queries, kRowGroup, 64 * plan.warpgroups_m,
+                                     Traits::kConsumers);
+  async_proxy_fence();
+  __syncthreads();
   int limits[2];
-#pragma unroll
-  for (int step = 0; step < Traits::kSteps; ++step) {
-    const int row = row0 + warp % 4 * 16 + lane % 16;
-    load_matrices(a[step], queries + step / 4 * 64 * plan.warpgroups_m * kSlabRowBytes +
-                               swizzled(row, step % 4 * 2 + lane / 16));
-  }
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     limits[half] = rows.limit(row0 + warp % 4 * 16 + 8 * half + lane / 4);
   const int least = rows.least_limit();
 
-  // This warpgroup takes the stages share, share + sharers, ... A product beyond the last works on
-  // what the ring holds, and is not used: so all warps run the same loop.
   RowSum sums[2];
-  const auto issue = [&](float (&x)[Traits::kKeys / 2], int n) {
+  const uint64_t own_rows = wgmma_slab(queries + row0 * kSlabRowBytes);
+  // Each warpgroup takes every sharers-th stage; one with none left works on what the ring holds
+  // and drops it, so that all run the same loop.
+  for (int i = 0; i < count; i += sharers) {
+    const int n = i + share;
+    float x[Traits::kKeys / 2];
     if (n < count) ring.wait(n);
     const uint64_t stage = wgmma_slab(ring.stage(n));
     hold(x);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Traits::kSteps; ++step) {
-      Wgmma<T, Traits::kKeys>::rs(
-          x, a[step], stage + (step / 4 * Ring::kSlabBytes >> 4) + step % 4 * kWgmmaStep, step > 0);
+      Wgmma<T, Traits::kKeys>::ss(
+          x, own_rows + (step / 4 * kRowGroup * kSlabRowBytes >> 4) + step % 4 * kWgmmaStep,
+          stage + (step / 4 * Ring::kSlabBytes >> 4) + step % 4 * kWgmmaStep, step > 0);
     }
     wgmma_commit();
-  };
-  // The stage has been read; the one before it long since by all: its room is filled again.
-  const auto release = [&](int n) {
-    if (lane == 0) ring.release(n);
-    const int refill = n - sharers + Ring::kStages;
-    if (filler && n >= sharers && refill < count) fill(refill);
-    __syncwarp();
-  };
-  const auto add = [&](float (&x)[Traits::kKeys / 2], int n) {
-    if (n < count) {
-      const int key0 = key_of(n);
-      if (key0 < rows.start || key0 + Traits::kKeys - 1 > least) {
-#pragma unroll
-        for (int i = 0; i < Traits::kKeys / 2; ++i) {
-          const int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          if (key < rows.start || key > limits[i / 2 % 2]) x[i] = -kInf;
-        }
-      }
-      sums[0].template add<0>(x, p.scale_log2);
-      sums[1].template add<1>(x, p.scale_log2);
-    }
-    __syncwarp();
-  };
-  // At the head of the loop x0 holds a finished product: ptxas serialises everything where one is
-  // under way as a loop closes.
-  float x0[Traits::kKeys / 2], x1[Traits::kKeys / 2];
-  issue(x0, share);
-  wgmma_wait<0>();
-  hold(x0);
-  for (int i = 0; i < count; i += 2 * sharers) {
-    const int n = i + share;
-    issue(x1, n + sharers);
-    release(n);
-    add(x0, n);
-    issue(x0, n + 2 * sharers);
-    wgmma_wait<1>();
-    hold(x1);
-    release(n + sharers);
-    add(x1, n + sharers);
     wgmma_wait<0>();
-    hold(x0);
+    hold(x);
+    if (n >= count) continue;
+    if (lane == 0) ring.release(n);
+    const int key0 = key_of(n);
+    if (key0 < rows.start || key0 + Traits::kKeys - 1 > least) {
+#pragma unroll
+      for (int i = 0; i < Traits::kKeys / 2; ++i) {
+        const int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (key < rows.start || key > limits[i / 2 % 2]) x[i] = -kInf;
+      }
+    }
+    sums[0].template add<0>(x, p.scale_log2);
+    sums[1].template add<1>(x, p.scale_log2);
+    __syncwarp();
   }
 
   // Merge over the four lanes of a row, then over the warpgroups that shared the stages.
@@ -346,8 +340,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
           make_float2(sums[half].most, sums[half].sum);
     }
   }
-  __syncthreads();
-  for (int r = threadIdx.x; r < plan.rows; r += Traits::kThreads) {
+  partial_sync(1, Traits::kConsumers);
+  for (int r = threadIdx.x; r < plan.rows; r += Traits::kConsumers) {
     if (rows.limit(r) < 0) continue;
     RowSum sum;
     for (int n = 0; n < sharers; ++n) {
@@ -370,12 +364,14 @@ struct VoteTraits {
   static constexpr int kParts = kParts_;  // products that cover the group
   static constexpr int kRows = kCols * kParts;
   static constexpr int kKeys = 64;  // of a stage
-  static constexpr int kWarpgroups = 2;
-  static constexpr int kThreads = kWarpgroups * kWarpgroup;
+  static constexpr int kWarpgroups = 4;
+  static constexpr int kConsumers = kWarpgroups * kWarpgroup;
+  static constexpr int kThreads = kConsumers + kWarp;
   using Ring = KeyRing<8, kKeys, kSlabs>;
   static constexpr int kQueryBytes = kSlabs * kRows * kSlabRowBytes;
   struct Shared {
     typename Ring::Barriers barriers;
+    Mbarrier queries;
     alignas(16) float minus_sums[kRows];  // -log2 of the rows' sums, see stat_at
     alignas(16) int limits[kRows];
   };
@@ -417,7 +413,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     key_votes_sm90a_kernel(const __grid_constant__ WindowScoresParams p,
                            const __grid_constant__ Plan plan,
-                           const __grid_constant__ CUtensorMap keys) {
+                           const __grid_constant__ CUtensorMap query_map,
+                           const __grid_constant__ CUtensorMap key_map) {
   using T = typename Traits::T;
   using Ring = typename Traits::Ring;
   extern __shared__ unsigned char raw[];
@@ -436,22 +433,35 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int end = ceil_div(num_scored, Traits::kKeys) - chunk;
   const int count = ceil_div(max(end - rows.start / Traits::kKeys, 0), plan.key_chunks);
   const auto key_of = [&](int n) { return (end - 1 - n * plan.key_chunks) * Traits::kKeys; };
-  const auto fill = [&](int n) { ring.fill(&keys, n, key_of(n), rows.h, rows.b); };
 
-  if (threadIdx.x == 0) {
+  const bool asks = threadIdx.x == Traits::kConsumers;
+  if (asks) {
+    mbarrier_init(&shared.queries, 1);
     ring.init(4);
-    for (int n = 0; n < min(count, Ring::kStages); ++n) fill(n);
   }
-  rows.load_queries<T, Traits::kSlabs>(queries, Traits::kRows, Traits::kThreads);
+  __syncthreads();
+  if (warp == 4 * Traits::kWarpgroups) {
+    if (asks) {
+      rows.ask_queries<Traits::kSlabs>(queries, Traits::kRows, &query_map, &shared.queries);
+      for (int n = 0; n < min(count, kAhead); ++n)
+        ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
+    }
+    __syncthreads();  // with the others, when they are ready
+    if (asks) {
+      for (int n = kAhead; n < count; ++n) ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
+    }
+    return;
+  }
+
   launch_wait();  // for the sums of pass 1
-  for (int r = threadIdx.x; r < Traits::kRows; r += Traits::kThreads) {
+  for (int r = threadIdx.x; r < Traits::kRows; r += Traits::kConsumers) {
     shared.minus_sums[stat_at(r)] = minus_log2_sum(p, rows, plan.row_chunks, r);
     shared.limits[stat_at(r)] = rows.limit(r);
   }
-  copy_async_wait<0>();
+  mbarrier_wait(&shared.queries, 0);
+  rows.clear_padding<Traits::kSlabs>(queries, Traits::kRows, Traits::kRows, Traits::kConsumers);
   async_proxy_fence();
   __syncthreads();
-  launch_dependents();
 
   float factor = 1;
   if (p.window_reduce == WindowReduce::kMean) {
@@ -469,10 +479,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int least = rows.least_limit();
   const uint64_t query_slab = wgmma_slab(queries);
 
-  // This warpgroup takes the tiles warpgroup, warpgroup + kWarpgroups, ..., kParts products each. A
-  // product beyond the last tile works on what the ring holds, and is not used.
+  // Each warpgroup takes every kWarpgroups-th tile, kParts products each; one with none left works
+  // on what the ring holds and drops it, so that all run the same loop.
   const auto issue = [&](float (&x)[Traits::kCols / 2], int n, int part) {
-    if (n < count && part == 0) ring.wait(n);
     const uint64_t tile = wgmma_slab(ring.stage(n));
     hold(x);
     wgmma_fence();
@@ -487,14 +496,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     wgmma_commit();
   };
-  // The tile has been read: its room is filled again, one tile later, when all warps are through.
-  const auto release = [&](int n) {
-    if (lane == 0) ring.release(n);
-    const int refill = n - Traits::kWarpgroups + Ring::kStages;
-    if (lane == 0 && warp % 4 == 0 && n >= Traits::kWarpgroups && refill < count) fill(refill);
-    __syncwarp();
-  };
-
   float sums[2][2] = {};
   const auto add = [&](const float (&x)[Traits::kCols / 2], int n, int part) {
     const int key0 = key_of(n);
@@ -545,25 +546,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   };
 
-  // At the head of the loop x0 holds a finished product: ptxas serialises everything where one is
-  // under way as a loop closes.
-  float x0[Traits::kCols / 2], x1[Traits::kCols / 2];
-  issue(x0, warpgroup, 0);
-  wgmma_wait<0>();
-  hold(x0);
-  constexpr int kStep = Traits::kParts == 2 ? 1 : 2;  // tiles of a turn
-  for (int i = 0; i < count; i += kStep * Traits::kWarpgroups) {
-    const int n = i + warpgroup, other = n + (kStep - 1) * Traits::kWarpgroups;
-    issue(x1, other, Traits::kParts - 1);
-    if (Traits::kParts == 1) release(n);
-    add(x0, n, 0);
-    issue(x0, n + kStep * Traits::kWarpgroups, 0);
-    wgmma_wait<1>();
-    hold(x1);
-    release(other);
-    add(x1, other, Traits::kParts - 1);
-    wgmma_wait<0>();
-    hold(x0);
+  for (int i = 0; i < count; i += Traits::kWarpgroups) {
+    const int n = i + warpgroup;
+    if (n < count) ring.wait(n);
+#pragma unroll
+    for (int part = 0; part < Traits::kParts; ++part) {
+      float x[Traits::kCols / 2];
+      issue(x, n, part);
+      wgmma_wait<0>();
+      hold(x);
+      if (part + 1 == Traits::kParts && lane == 0 && n < count) ring.release(n);
+      add(x, n, part);
+    }
   }
 }
 
@@ -598,34 +592,37 @@ Plan make_plan(const WindowScoresParams& p) {
 
 template <typename Traits, typename Kernel>
 void launch(Kernel kernel, int64_t blocks, bool early, const WindowScoresParams& p,
-            const Plan& plan, const CUtensorMap& keys, cudaStream_t stream) {
+            const Plan& plan, const CUtensorMap& queries, const CUtensorMap& keys,
+            cudaStream_t stream) {
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   Traits::kSharedBytes),
              kOp);
   Launch(static_cast<unsigned>(blocks), Traits::kThreads, Traits::kSharedBytes, stream)
-      .early(early)(kOp, kernel, p, plan, keys);
+      .early(early)(kOp, kernel, p, plan, queries, keys);
 }
 
 template <typename T, int kSteps>
 void launch_passes(const WindowScoresParams& p, cudaStream_t stream) {
   const Plan plan = make_plan(p);
-  const auto map = [&](int rows) {
+  const auto keys = [&](int rows) {
     return row_map(kOp, p.dtype, p.k, p.head_dim, {p.seq_len, p.num_kv_heads, p.batch},
                    {p.k_row_stride, p.k_head_stride, p.k_batch_stride}, rows);
   };
+  const CUtensorMap queries = tensor_map<5>(
+      kOp, p.dtype, p.q, {p.head_dim, p.window, p.q_per_kv(), p.num_kv_heads, p.batch},
+      {p.q_row_stride, p.q_head_stride, p.q_per_kv() * p.q_head_stride, p.q_batch_stride},
+      {kSlabElements, static_cast<int>(p.padded_window()), plan.group_heads, 1, 1});
   if (!p.lse) {
     using Traits = RowTraits<T, kSteps>;
     launch<Traits>(row_sums_sm90a_kernel<Traits>, int64_t{plan.items} * plan.row_chunks, false, p,
-                   plan, map(Traits::kKeys), stream);
+                   plan, queries, keys(Traits::kKeys), stream);
   }
   const auto votes = [&](auto traits) {
     using Traits = decltype(traits);
     launch<Traits>(key_votes_sm90a_kernel<Traits>, int64_t{plan.items} * plan.key_chunks, !p.lse, p,
-                   plan, map(Traits::kKeys), stream);
+                   plan, queries, keys(Traits::kKeys), stream);
   };
-  if (plan.rows <= 64) {
-    votes(VoteTraits<T, kSteps, 64, 1>{});
-  } else if (plan.rows <= 128) {
+  if (plan.rows <= 128) {  // below 128 rows memory is the bound: no kernel of their own
     votes(VoteTraits<T, kSteps, 128, 1>{});
   } else {
     votes(VoteTraits<T, kSteps, 128, 2>{});
@@ -646,12 +643,12 @@ void launch_head_dim(const WindowScoresParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool window_scores_fits_sm90a(const WindowScoresParams& p) {
-  const int64_t q_steps = p.q_batch_stride | p.q_head_stride | p.q_row_stride;
   return p.dtype != DType::kFloat32 && p.head_dim <= 128 && p.window <= kRowGroup &&
-         p.window_reduce != WindowReduce::kMax && reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
-         q_steps % 8 == 0 &&
-         tma_takes(p.k, {p.seq_len, p.num_kv_heads, p.batch},
-                   {p.k_row_stride, p.k_head_stride, p.k_batch_stride});
+         p.window_reduce != WindowReduce::kMax &&
+         tma_takes<3>(p.k, {p.seq_len, p.num_kv_heads, p.batch},
+                      {p.k_row_stride, p.k_head_stride, p.k_batch_stride}) &&
+         tma_takes<3>(p.q, {p.window, p.num_q_heads, p.batch},
+                      {p.q_row_stride, p.q_head_stride, p.q_batch_stride});
 }
 
 void window_votes_sm90a(const WindowScoresParams& p, void* stream) {

@@ -81,9 +81,10 @@ def window_scores(
     Raises:
         ValueError, TypeError: ``window_scores: argument must be ..., got ...``.
 
-    Scratch: ``4 * batch * num_heads * seq_len`` bytes, num_heads those of q if ``pool_first`` or nothing reduces the
-    group, else those of k; and at most ``max(8 * batch * num_q_heads * window, 2 MiB)`` for row statistics. On a CPU also up to
-    32 MiB a thread, for the exponentials of some query heads.
+    Scratch: ``4 * batch * num_heads * seq_len`` bytes, num_heads those of q if ``pool_first``, if nothing reduces the
+    group or its maximum does, else those of k times the row groups of 256 query rows that a group makes; and at most
+    ``max(8 * batch * num_q_heads * window, 2 MiB)`` for row statistics. On a CPU also up to 32 MiB a thread, for the
+    exponentials of some query heads.
 
     Example:
         >>> q, k = torch.randn(1, 32, 16, 64), torch.randn(1, 8, 100, 64)
