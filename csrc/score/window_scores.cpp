@@ -23,8 +23,7 @@ Tensor window_scores(const Tensor& q, const Tensor& k, const std::optional<Tenso
                      int64_t window_reduce, int64_t group_reduce, int64_t pool,
                      double softmax_scale, bool pool_first) {
   const AttentionRows rows = checked_rows(kOp, q, k, lse, seq_start, first_query, softmax_scale);
-  const int64_t batch = rows.batch, num_q_heads = rows.num_q_heads, window = rows.window;
-  const int64_t num_kv_heads = rows.num_kv_heads, seq_len = rows.seq_len;
+  const int64_t batch = rows.batch, num_kv_heads = rows.num_kv_heads, seq_len = rows.seq_len;
   check_companion(kOp, "weights", weights, "[batch, num_kv_heads, seq_len]", batch, num_kv_heads,
                   seq_len, q);
   require(num_scored >= 0 && num_scored <= seq_len, kOp, "num_scored",

@@ -147,7 +147,7 @@ def samples(device):
     totals = ints(50, 100, device=device)
     return [
         (scores, totals, None, None, None, None),
-        (cases.strided(scores), totals, floors, 8 * floors, ints(0, 20, device=device), None),
+        (cases.strided(scores), totals, floors, 8 * floors, ints(0, 20, device=device), ints(90, 80, device=device)),
     ]
 
 

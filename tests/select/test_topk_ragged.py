@@ -124,8 +124,8 @@ def test_fuzz(data):
 
 def samples(device):
     scores, counts = random((2, 3, 90)).to(device), ints(5, 0, 90, 7, 30, 1, device=device).view(2, 3)
-    start = ints(0, 20, device=device)
-    return [(scores, counts, None, None, 133, 0, 0), (cases.strided(scores), counts, start, None, 133, 2, 4)]
+    start, end = ints(0, 20, device=device), ints(90, 85, device=device)
+    return [(scores, counts, None, None, 133, 0, 0), (cases.strided(scores), counts, start, end, 133, 2, 4)]
 
 
 def wrong(**changes):

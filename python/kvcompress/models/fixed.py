@@ -40,7 +40,7 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.store = FixedStore(turnover)
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.cumulative_length: Tensor | None = None
+        self.cumulative_length: Tensor | None = None  # type: ignore[assignment]  # the base class types it as an int
         self.inv_freq: Tensor | None = None
 
     def load(
