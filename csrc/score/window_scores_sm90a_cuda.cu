@@ -266,13 +266,22 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   __syncthreads();
   launch_dependents();
-  if (warp == 4 * Traits::kWarpgroups) {
+  const bool is_asking = warp == 4 * Traits::kWarpgroups;
+  if (is_asking) {
     if (asks) {
       rows.ask_queries<Traits::kSlabs>(queries, kRowGroup, &query_map, &shared.queries);
       for (int n = 0; n < min(count, kAhead); ++n)
         ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
     }
-    __syncthreads();  // with the others, when they are ready
+    __syncwarp();
+  } else {
+    mbarrier_wait(&shared.queries, 0);
+    rows.clear_padding<Traits::kSlabs>(queries, kRowGroup, 64 * plan.warpgroups_m,
+                                       Traits::kConsumers);
+    async_proxy_fence();
+  }
+  __syncthreads();  // the queries are ready
+  if (is_asking) {
     if (asks) {
       for (int n = kAhead; n < count; ++n) ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
     }
@@ -280,11 +289,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 
   const int row0 = warpgroup % plan.warpgroups_m * 64, share = warpgroup / plan.warpgroups_m;
-  mbarrier_wait(&shared.queries, 0);
-  rows.clear_padding<Traits::kSlabs>(queries, kRowGroup, 64 * plan.warpgroups_m,
-                                     Traits::kConsumers);
-  async_proxy_fence();
-  __syncthreads();
   int limits[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -440,28 +444,31 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ring.init(4);
   }
   __syncthreads();
-  if (warp == 4 * Traits::kWarpgroups) {
+  const bool is_asking = warp == 4 * Traits::kWarpgroups;
+  if (is_asking) {
     if (asks) {
       rows.ask_queries<Traits::kSlabs>(queries, Traits::kRows, &query_map, &shared.queries);
       for (int n = 0; n < min(count, kAhead); ++n)
         ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
     }
-    __syncthreads();  // with the others, when they are ready
+    __syncwarp();
+  } else {
+    launch_wait();  // for the sums of pass 1
+    for (int r = threadIdx.x; r < Traits::kRows; r += Traits::kConsumers) {
+      shared.minus_sums[stat_at(r)] = minus_log2_sum(p, rows, plan.row_chunks, r);
+      shared.limits[stat_at(r)] = rows.limit(r);
+    }
+    mbarrier_wait(&shared.queries, 0);
+    rows.clear_padding<Traits::kSlabs>(queries, Traits::kRows, Traits::kRows, Traits::kConsumers);
+    async_proxy_fence();
+  }
+  __syncthreads();  // queries and row statistics are ready
+  if (is_asking) {
     if (asks) {
       for (int n = kAhead; n < count; ++n) ring.fill(&key_map, n, key_of(n), rows.h, rows.b);
     }
     return;
   }
-
-  launch_wait();  // for the sums of pass 1
-  for (int r = threadIdx.x; r < Traits::kRows; r += Traits::kConsumers) {
-    shared.minus_sums[stat_at(r)] = minus_log2_sum(p, rows, plan.row_chunks, r);
-    shared.limits[stat_at(r)] = rows.limit(r);
-  }
-  mbarrier_wait(&shared.queries, 0);
-  rows.clear_padding<Traits::kSlabs>(queries, Traits::kRows, Traits::kRows, Traits::kConsumers);
-  async_proxy_fence();
-  __syncthreads();
 
   float factor = 1;
   if (p.window_reduce == WindowReduce::kMean) {
