@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -35,13 +36,16 @@ def run(tool: str, room: str, sample: int, limit: float, folder: Path) -> tuple[
     skipped = "not 64_bit and not long" + (" and not graph" if "PYTORCH_NO_CUDA_MEMORY_CACHING" in environment else "")
     command += ["-k", skipped]  # tens of GiB each, side by side
     begin = time.monotonic()
+    code: int | str
     with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, f"tests/{room}"], cwd=ROOT, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                [*command, f"tests/{room}"], cwd=ROOT, stdout=out, stderr=out, env=environment, timeout=limit
-            )
-            code: int | str = done.returncode
+            code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool's child too: left alone it would go on using the GPU
+            process.wait()
             code = f"none after {limit:.0f} s"
     text = log.read_text()
     passed, failed = (re.search(rf"(\d+) {word}", text) for word in ("passed", "failed"))
