@@ -148,10 +148,16 @@ def test_what_it_cannot_do_is_refused(model):
         FixedCache(model.config, create("tova", budget=BUDGET, decode=True, every=2))
     with pytest.raises(NotImplementedError, match="drafts before it cuts"):
         FixedCache(model.config, create("laq", budget=64))
-    cache = FixedCache(model.config, SNAPKV, room=3)
-    generate(model, cache, prompt(model), 8)
-    with pytest.raises(RuntimeError, match="got 4 tokens too many"):
-        cache.check_room()
+
+
+def test_tokens_without_room_are_refused(llama):
+    """Before anything is written: what is held stays as it was."""
+    cache = FixedCache(llama.config, SNAPKV, room=3)
+    with pytest.raises(RuntimeError, match=r"room must be at least the tokens behind the prompt \(4\), got 3"):
+        generate(llama, cache, prompt(llama), 8)
+    assert all(entries == [BUDGET + 3] for entries in (layer.entries for layer in cache.stats().layers))
+    cache.reset()
+    assert generate(llama, cache, prompt(llama), 4)[0].shape[1] == 4  # three of them are read
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv", "streaming_llm"])

@@ -106,7 +106,8 @@ class FixedCache(CompressedCache):
         config: the model's configuration; all its layers attend in full.
         method: cuts once, or evicts one entry a token (`morphkv`; `h2o`, `tova`, `obcache` with ``decode=True``; `streaming_llm`,
             `sliding_window`). None keeps every entry.
-        room: tokens that may come behind the prompt where nothing is evicted.
+        room: tokens that may come behind the prompt where nothing is evicted; one more raises (in compiled and captured steps
+            only `check_room` can tell).
         capacity: slots of a layer, the same for every prompt; None: as many as the prompt at hand needs. With a budget in
             entries that is the same for all.
         chunked_prefill: the prompt comes in several forwards and ends with `finish_prompt()`.
@@ -137,6 +138,8 @@ class FixedCache(CompressedCache):
         turnover = Turnover() if method is None else Turnover.of(method.stages())
         self.room, self.capacity, self.compiles = room, capacity, compiles
         self._fixed: list[FixedLayer] | None = None  # while decoding
+        self._behind = 0  # tokens behind the prompt, as far as the host sees them
+        self._fits = room  # how many fit: with more slots than the prompt needs, more than `room`
         self._turnover = turnover
         super().__init__(config, method, chunked_prefill=chunked_prefill, reserve=8)
         if self._others:
@@ -172,6 +175,8 @@ class FixedCache(CompressedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self._fixed is not None:
+            if layer_idx == 0:
+                self._take_room(key_states)
             return self._fixed[layer_idx].update(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -209,14 +214,32 @@ class FixedCache(CompressedCache):
         attachment = None if self._attachment is None else self._attachment()
         if self._fixed is not None or waits or not cut or attachment is None:
             return
+        fits = []
         for prompt, layer in zip(self._prompt_layers, self._decode_layers):
             assert isinstance(prompt.store, DenseStore)
+            fits.append(max(self.room, (self.capacity or 0) - prompt.store.max_length))
             layer.load(prompt.store, prompt.columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
             prompt.prompt_over = True
             prompt.store = None  # its buffers are free from here on
             attachment.bind(prompt.layer_idx, layer)
-        self._fixed = self._decode_layers
+        self._fixed, self._behind, self._fits = self._decode_layers, 0, min(fits)
         self.layers = list(self._decode_layers)
+
+    def _take_room(self, keys: Tensor) -> None:
+        """Refuses tokens that do not fit any more, before anything is written. A compiled or captured step is run without
+        the host: `check_room` finds out there.
+        """
+        if self._turnover.evicts or torch.compiler.is_compiling():
+            return
+        if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        new = keys.shape[2]
+        if self._behind + new > self._fits:
+            raise RuntimeError(
+                f"FixedCache: room must be at least the tokens behind the prompt ({self._behind + new}), got {self._fits}; make the "
+                "cache with more room, or with a method that evicts while decoding"
+            )
+        self._behind += new
 
     # --- drafts and the batch
 
@@ -238,6 +261,7 @@ class FixedCache(CompressedCache):
             layer.store.crop(-int(tokens_to_remove))
             assert layer.cumulative_length is not None
             layer.cumulative_length.add_(int(tokens_to_remove))
+        self._behind += int(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows that beam search goes on with, in place."""
@@ -250,7 +274,11 @@ class FixedCache(CompressedCache):
     # --- what it holds
 
     def check_room(self) -> None:
-        """Raises RuntimeError where more tokens came than a cache that evicts nothing has room for; waits for the device."""
+        """Raises RuntimeError where more tokens came than a cache that evicts nothing has room for; waits for the device.
+
+        For compiled and captured steps, whose tokens the host does not count: one launched by itself raises at once. `stats` and
+        `positions` call it.
+        """
         for layer in self._fixed or []:
             layer.store.check_room()
 
@@ -258,6 +286,7 @@ class FixedCache(CompressedCache):
         """As `CompressedCache.stats`; while decoding it waits for the device."""
         if self._fixed is None:
             return super().stats()
+        self.check_room()
         layers = []
         for prompt, layer in zip(self._prompt_layers, self._fixed):
             store = layer.store
@@ -269,10 +298,15 @@ class FixedCache(CompressedCache):
 
     def positions(self, layer: int) -> Tensor:
         """Original positions of a layer's entries, ascending, ``[batch, heads, capacity]`` int32, -1 behind a row's last one."""
-        return super().positions(layer) if self._fixed is None else self._fixed[layer].store.ordered_positions()
+        if self._fixed is None:
+            return super().positions(layer)
+        self.check_room()
+        return self._fixed[layer].store.ordered_positions()
 
     def save(self, path: Any) -> None:
         """Not while decoding."""
         if self._fixed is not None:
-            raise NotImplementedError("FixedCache.save: the prompt must not be over; use CompressedCache to save what was decoded")
+            raise NotImplementedError(
+                "FixedCache.save: the prompt must not be over; use CompressedCache to save what was decoded"
+            )
         super().save(path)
