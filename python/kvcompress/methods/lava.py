@@ -39,7 +39,8 @@ class LAVa(Method):
         - scores, norms and entropies in float32 and float64 (official: the model's dtype).
         - budgets are per sequence of a batch, padding counts nowhere; storage is per kv head only.
         - a prompt that fits is kept whole (official: a crash).
-        - `normalise` weighs heads at the counts of each cut (official: at those of the first re-cut, for good).
+        - `normalise` weighs heads at the counts of each cut (official: at those of the first re-cut, for good); a head cannot get
+          back what an earlier cut took, so that a layer may end with fewer entries than its budget.
 
     Attributes:
         budget: mean entries a head keeps in a layer, window included.
