@@ -68,7 +68,7 @@ def test_padded_rows(dtype, device):
     ("parameters", "words"),
     [
         ({"beta": 0}, "Pyramid: beta must be at least 1, got 0"),
-        ({"allocation": "other"}, 'Pyramid: allocation must be "exact", "official" or "kvpress", got'),
+        ({"allocation": "other"}, 'Pyramid: allocation must be "exact", "official", "kvpress" or "adakv", got'),
         ({"budget": 8}, "pyramidkv: budget must be more than the window of 8 entries, got 8"),
         ({"budget": math.nan}, "entries: budget must be"),
     ],
