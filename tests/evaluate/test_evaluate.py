@@ -174,9 +174,12 @@ def test_resumed_is_one_go(random_model):
     half = whole[:5]
     rest = list(evaluate(*random_model, samples, candidates, done={r.key for r in half}))
     assert len(half) + len(rest) == len(whole)
-    timeless = {"prefill_s": None, "compress_s": None, "decode_s": None}
-
-    def plain(r):  # other batches may round differently
-        return replace(r, **timeless, kl=round(r.kl, 3), nll=round(r.nll, 2))
-
-    assert set(map(plain, half + rest)) == set(map(plain, whole))
+    unequal = {"prefill_s": None, "compress_s": None, "decode_s": None, "kl": 0.0, "nll": 0.0}
+    resumed = {r.key: r for r in half + rest}
+    for one in whole:
+        other = resumed.pop(one.key)
+        assert replace(one, **unequal) == replace(other, **unequal)
+        # other batches round otherwise: float32 logits of a few units, so some 1e-6 of each log-probability
+        assert other.kl == pytest.approx(one.kl, rel=1e-3, abs=1e-4)
+        assert other.nll == pytest.approx(one.nll, rel=1e-3, abs=1e-4)
+    assert not resumed
