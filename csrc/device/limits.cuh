@@ -1,7 +1,10 @@
 // What the current device can do, asked once a device.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
 #include <mutex>
+#include <string>
 
 #include "device/check.cuh"
 
@@ -13,6 +16,19 @@ struct DeviceLimits {
   int shared_bytes;      // most that one block may use
   int shared_bytes_all;  // of a multiprocessor, all blocks together
 };
+
+// KVCOMPRESS_SM=80 in the environment: a newer card gets what sm_80 gets, for comparisons.
+inline DeviceLimits lowered(DeviceLimits limits) {
+  const char* wanted = std::getenv("KVCOMPRESS_SM");
+  if (wanted == nullptr) return limits;
+  if (std::string(wanted) != "80") {
+    throw std::runtime_error(std::string("KVCOMPRESS_SM must be 80, or not set, got ") + wanted);
+  }
+  limits.major = std::min(limits.major, 8);
+  limits.shared_bytes = std::min(limits.shared_bytes, 163 << 10);
+  limits.shared_bytes_all = std::min(limits.shared_bytes_all, 164 << 10);
+  return limits;
+}
 
 inline const DeviceLimits& device_limits() {
   constexpr int kMaxDevices = 64;
@@ -27,10 +43,12 @@ inline const DeviceLimits& device_limits() {
       cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "device_limits");
       return value;
     };
-    limits[device] = {.major = ask(cudaDevAttrComputeCapabilityMajor),
-                      .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
-                      .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                      .shared_bytes_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    limits[device] = lowered({
+        .major = ask(cudaDevAttrComputeCapabilityMajor),
+        .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
+        .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        .shared_bytes_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+    });
   });
   return limits[device];
 }
