@@ -1,7 +1,8 @@
 """Another state of the tree beside this one: built into a cache folder, measured by a process of its own, turn by turn.
 
-One process cannot hold two libraries that register the same ops. So a worker process imports the other build, sets up
-the same cases from this tree's bench files, and waits on its standard input between its turns.
+One process cannot hold two libraries that register the same ops, nor one library that takes two kinds of card for what
+it runs on. So a worker process imports the other build, sets up the same cases from this tree's bench files, and waits
+on its standard input between its turns.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ def built(reference: str, device: torch.device) -> Path:
 
 
 class Worker:
-    """The other build's process. It answers one line a question."""
+    """Another process, with the package in the folder `package` and more in its environment. One line a question."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        package = built(args.base, device)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])}
-        command = [sys.executable, "-m", "bench.base", str(device), str(int(args.quick)), str(int(args.warm))]
+    def __init__(self, name: str, args: argparse.Namespace, device: torch.device, package: Path, **more: str):
+        self.name = name
+        path = [str(package), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, **more, "PYTHONPATH": os.pathsep.join(path)}
+        options = [str(int(yes)) for yes in (args.quick, args.warm, args.sweep)]
+        command = [sys.executable, "-m", "bench.base", str(device), *options]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -76,7 +79,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"bench: the process of --base ended with code {self.process.wait()}")
+            sys.exit(f"bench: the process of {self.name} ended with code {self.process.wait()}")
         return json.loads(answer)
 
     def prepare(self, case: Case) -> tuple[list[str], dict[str, str]]:
@@ -85,10 +88,11 @@ class Worker:
         return answer["names"], answer["failed"]
 
     def time(self, name: str) -> float:
+        """Seconds a call of one of these variants, over one round."""
         return self._ask(time=name)["seconds"]
 
 
-def serve(device: torch.device, *, quick: bool, warm: bool) -> None:
+def serve(device: torch.device, *, quick: bool, warm: bool, sweep: bool) -> None:
     """The worker's side."""
     from bench.run import stage_cases, stages
 
@@ -105,7 +109,7 @@ def serve(device: torch.device, *, quick: bool, warm: bool) -> None:
             runner = None  # frees the inputs of the case before
             if not cases:
                 for stage in stages():
-                    for case in stage_cases(stage, device, quick=quick, method=question["method"]):
+                    for case in stage_cases(stage, device, quick=quick, method=question["method"], sweep=sweep):
                         cases[case.op, case.label] = case
             case = cases[question["op"], question["label"]]
             case.variants = {name: run for name, run in case.variants.items() if name.startswith("kvcompress")}
@@ -116,4 +120,5 @@ def serve(device: torch.device, *, quick: bool, warm: bool) -> None:
 
 
 if __name__ == "__main__":
-    serve(torch.device(sys.argv[1]), quick=sys.argv[2] == "1", warm=sys.argv[3] == "1")
+    on, *switches = sys.argv[1:]
+    serve(torch.device(on), **{name: word == "1" for name, word in zip(("quick", "warm", "sweep"), switches)})

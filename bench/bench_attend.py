@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvcompress
-from bench.harness import Case
+from bench.harness import Case, Work
+from tests.cases import HEAD_DIMS
 
 KV_HEADS, DIM = 8, 128
 SHAPES = [  # batch, query heads per kv head, entries a head
@@ -202,3 +203,52 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     for batch, capacity in [(1, 1025)] if is_short else [(1, 1025), (8, 1025), (1, 8193)]:
         yield eviction(device, batch, capacity)
     yield ranking(device, 1025, 32)
+
+
+def sweep(device: torch.device) -> Iterator[Case]:
+    """64 MiB of keys and values each time, whatever their shape."""
+    for ragged in (False, True):
+        for dim in HEAD_DIMS:
+            yield shape_case(device, "head_dim", dim, ragged=ragged, dim=dim)
+        for group in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16):
+            yield shape_case(device, "q_per_kv", group, ragged=ragged, group=group)
+        for queries in (1, 2, 3, 4, 8):
+            yield shape_case(device, "queries", queries, ragged=ragged, queries=queries)
+        for heads in (1, 2, 3, 5, 7, 8, 16, 31, 64, 128, 512):
+            yield shape_case(device, "kv heads", heads, ragged=ragged, heads=heads)
+        for extra in (-63, -1, 1, 3, 127):
+            yield shape_case(device, "entries beyond 16384", extra, ragged=ragged, extra=extra)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield shape_case(device, "dtype", str(dtype).removeprefix("torch."), ragged=ragged, dtype=dtype)
+        for dim in (64, 80, 96, 112, 192, 256):
+            for group in (1, 7, 8, 16):
+                yield shape_case(device, "head_dim x q_per_kv", f"{dim} x {group}", ragged=ragged, dim=dim, group=group)
+
+
+def shape_case(
+    device, swept, value, *, ragged, dim=DIM, group=4, queries=1, heads=KV_HEADS, extra=0, dtype=torch.bfloat16
+) -> Case:
+    length = 2**26 // (2 * heads * dim * dtype.itemsize) + extra
+    size = 2 * heads * length * dim * dtype.itemsize
+
+    def make():
+        q = torch.randn(1, heads * group, queries, dim, device=device).to(dtype)
+        shape = (heads * length, dim) if ragged else (1, heads, length, dim)
+        k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        return q, k, v, torch.arange(heads, device=device) * length, torch.full((heads,), length, device=device).int()
+
+    return Case(
+        op="ragged_decode_attention" if ragged else "decode_attention",
+        label=f"{swept} {value}",
+        make=make,
+        variants={
+            "kvcompress": (lambda x: kvcompress.ragged_decode_attention(*x, max_length=length))
+            if ragged
+            else (lambda x: kvcompress.decode_attention(*x[:3]))
+        },
+        passes=[Work(read=size, flop=4.0 * heads * group * queries * length * dim,
+                     exponentials=heads * group * queries * length)],
+        footprint=size,
+        params={"swept": swept, "value": value, "heads": heads, "q_per_kv": group, "queries": queries,
+                "head_dim": dim, "entries": length, "dtype": str(dtype).removeprefix("torch.")},
+    )  # fmt: skip

@@ -36,3 +36,30 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
                 core=batch == 1,
                 params={"batch": batch, "seq_len": length, "hidden": hidden, "dtype": "bfloat16"},
             )
+
+
+def sweep(device: torch.device) -> Iterator[Case]:
+    """128 MiB of hidden states each time, whatever their shape."""
+    for hidden in (64, 500, 512, 896, 1536, 2048, 2880, 3584, 4095, 4096, 4097, 5120, 6144, 8192, 12288, 16384):
+        yield states_case(device, "hidden", hidden, hidden=hidden)
+    for batch in (1, 2, 7, 64, 1000):
+        yield states_case(device, "batch", batch, batch=batch)
+    for extra in (-77, -1, 1, 3):
+        yield states_case(device, "entries beyond 8192", extra, extra=extra)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield states_case(device, "dtype", str(dtype).removeprefix("torch."), dtype=dtype)
+
+
+def states_case(device, swept, value, *, hidden=4096, batch=1, extra=0, dtype=torch.bfloat16) -> Case:
+    length = 2**26 // (batch * hidden * dtype.itemsize) + extra
+    size = 2 * batch * length * hidden * dtype.itemsize
+    return Case(
+        op="cosine_importance",
+        label=f"{swept} {value}",
+        make=lambda: [torch.randn(batch, length, hidden, device=device).to(dtype) for _ in range(2)],
+        variants={"kvcompress": lambda x: kvcompress.cosine_importance(*x)},
+        read=size,
+        footprint=size,
+        params={"swept": swept, "value": value, "batch": batch, "seq_len": length, "hidden": hidden,
+                "dtype": str(dtype).removeprefix("torch.")},
+    )  # fmt: skip

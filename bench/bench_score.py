@@ -1,4 +1,4 @@
-"""Score ops, on a Llama-3.1-8B layer in bfloat16, the GQA and head_dim sweep beside it."""
+"""Score ops, on a Llama-3.1-8B layer in bfloat16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import kvcompress
 from bench import peers
 from bench.harness import Case, Work
-from tests.cases import LAYER, POOLS, WINDOWS, prompts
+from tests.cases import HEAD_DIMS, LAYER, POOLS, WINDOWS, prompts
 
 EAGER_KEYS = 2**18  # eager torch and kvpress write the map: GiBs beyond that
 COMPILED = {(1, 8192, 64), (1, 32768, 64), (1, 131072, 64), (8, 32768, 64)}  # (batch, seq_len, window); slow to compile
@@ -43,9 +43,7 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
             for pool, kernel in POOLS:
                 yield from prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled)
     yield from column_cases(device, quick=quick)
-    if device.type == "cuda":
-        yield from sweep(device)
-    else:
+    if device.type == "cpu":
         yield from float32_cases(device)
 
 
@@ -112,30 +110,47 @@ def float32_cases(device) -> Iterator[Case]:
         )
 
 
-def sweep(device) -> Iterator[Case]:
-    """64 MiB of keys each time: no head_dim and no group may cost more than twice what the best one does."""
-    length, window = 32768, 32
-    for dim, heads, group, dtype in [
-        *[(d, 1024 // d, 4, torch.bfloat16) for d in (64, 80, 96, 112, 128, 192, 256, 136)],
-        *[(128, 8, g, torch.bfloat16) for g in (1, 2, 3, 7, 8, 16)],
-        (128, 8, 4, torch.float16),
-        (128, 4, 4, torch.float32),
-    ]:
-        item = torch.empty(0, dtype=dtype).element_size()
+def sweep(device: torch.device) -> Iterator[Case]:
+    """64 MiB of keys each time, whatever their shape."""
+    for lse in (False, True):
+        for dim in HEAD_DIMS:
+            yield shape_case(device, "head_dim", dim, lse=lse, dim=dim)
+        for group in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16):
+            yield shape_case(device, "q_per_kv", group, lse=lse, group=group)
+        for window in (1, 2, 4, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128):
+            yield shape_case(device, "window", window, lse=lse, window=window)
+        for heads in (1, 2, 3, 5, 7, 8, 16, 31, 64, 128):
+            yield shape_case(device, "kv heads", heads, lse=lse, heads=heads)
+        for extra in (-63, -1, 1, 3, 127):
+            yield shape_case(device, "entries beyond 32768", extra, lse=lse, extra=extra)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield shape_case(device, "dtype", str(dtype).removeprefix("torch."), lse=lse, dtype=dtype)
+        for dim in (64, 80, 96, 112, 192, 256):
+            for group in (1, 7, 8, 16):
+                yield shape_case(device, "head_dim x q_per_kv", f"{dim} x {group}", lse=lse, dim=dim, group=group)
 
-        def make(dim=dim, heads=heads, group=group, dtype=dtype):
-            q = torch.randn(1, heads * group, window, dim, device=device).to(dtype)
-            return q, torch.randn(1, heads, length, dim, device=device, dtype=dtype)
 
-        yield Case(
-            op="window_scores, sweep",
-            label=f"{heads} x {group} heads, head_dim {dim}, {str(dtype).removeprefix('torch.')}",
-            make=make,
-            variants={"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], pool="avg", kernel_size=5)},
-            passes=passes(1, heads, window * group, dim, length, item, lse=False),
-            footprint=heads * length * dim * item,
-            params={"heads": heads, "q_per_kv": group, "head_dim": dim, "seq_len": length, "window": window},
-        )
+def shape_case(
+    device, swept, value, *, lse, dim=128, group=4, window=32, heads=8, extra=0, dtype=torch.bfloat16
+) -> Case:
+    item = dtype.itemsize
+    length = 2**26 // (heads * dim * item) + extra
+
+    def make():
+        q = torch.randn(1, heads * group, window, dim, device=device).to(dtype)
+        k = torch.randn(1, heads, length, dim, device=device, dtype=dtype)
+        return q, k, torch.full((1, heads * group, window), 10.0, device=device) if lse else None
+
+    return Case(
+        op="window_scores, lse given" if lse else "window_scores",
+        label=f"{swept} {value}",
+        make=make,
+        variants={"kvcompress": lambda x: kvcompress.window_scores(x[0], x[1], lse=x[2], pool="avg", kernel_size=5)},
+        passes=passes(1, heads, window * group, dim, length, item, lse=lse),
+        footprint=heads * length * dim * item,
+        params={"swept": swept, "value": value, "heads": heads, "q_per_kv": group, "head_dim": dim,
+                "seq_len": length, "window": window, "dtype": str(dtype).removeprefix("torch.")},
+    )  # fmt: skip
 
 
 def column_cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:

@@ -29,6 +29,31 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
         yield topk_ragged_case(device, batch, length)
 
 
+def sweep(device: torch.device) -> Iterator[Case]:
+    """32 MiB of scores each time, whatever their shape."""
+    size = 2**23
+    for rows in (1, 2, 4, 7, 8, 16, 32, 33, 64, 65, 100, 128, 131, 133, 200, 256, 265, 500, 1000, 2048, 8192):
+        yield rows_case(device, "rows", rows, rows, size // rows, 1024)
+    for k in (1, 2, 16, 100, 1000, 1023, 1025, 4096, 10000, 32768, 65536, 100000, 131071, 131072):
+        yield rows_case(device, "k", k, 64, 131072, k)
+    for extra in (-100, -1, 1, 2, 3, 77):
+        yield rows_case(device, "entries beyond 131072", extra, 64, 131072 + extra, 1024)
+
+
+def rows_case(device: torch.device, swept: str, value: int, rows: int, length: int, k: int) -> Case:
+    k = min(k, length)
+    return Case(
+        op="topk",
+        label=f"{swept} {value}",
+        make=lambda: torch.randn(1, rows, length, device=device),
+        variants={"kvcompress": lambda x: kvcompress.topk(x, k)},
+        read=4 * rows * length,
+        written=4 * rows * k,
+        footprint=4 * rows * length,
+        params={"swept": swept, "value": value, "rows": rows, "seq_len": length, "k": k},
+    )
+
+
 def topk_case(device: torch.device, rows: int, length: int, k: int, kind: str, flashinfer: object) -> Case:
     variants = {
         "kvcompress": lambda x: kvcompress.topk(x, k),
@@ -51,6 +76,7 @@ def topk_case(device: torch.device, rows: int, length: int, k: int, kind: str, f
         written=4 * rows * k,
         footprint=4 * rows * length,
         graph=True,
+        captured=("flashinfer",),
         core=True,
         absent=absent,
         params={"rows": rows, "seq_len": length, "k": k, "scores": kind},

@@ -8,7 +8,7 @@ import torch
 
 import kvcompress
 from bench.harness import Case
-from tests.cases import LAYER, budgets, prompts
+from tests.cases import HEAD_DIMS, LAYER, budgets, prompts
 
 HEADS, DIM = LAYER.num_kv_heads, LAYER.head_dim
 
@@ -23,6 +23,46 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     for batch, length in prompts(device, quick=quick):
         for k in budgets(length):
             yield compaction(device, batch, length, k)
+
+
+def sweep(device: torch.device) -> Iterator[Case]:
+    """64 MiB read and written each time, whatever their shape."""
+    for dim in (*HEAD_DIMS, 65, 66, 100, 2, 1):
+        yield moving_case(device, "head_dim", dim, dim=dim)
+    for heads in (1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 256):
+        yield moving_case(device, "heads", heads, heads=heads)
+    for times in (1.01, 1.25, 2, 3, 4, 8, 16, 64):
+        yield moving_case(device, "entries for one kept", times, times=times)
+    for extra in (-100, -1, 1, 3, 100):
+        yield moving_case(device, "kept beyond 8192", extra, extra=extra)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+        yield moving_case(device, "dtype", str(dtype).removeprefix("torch."), dtype=dtype)
+    for tensors in (1, 2, 3, 4, 8):
+        yield moving_case(device, "tensors", tensors, tensors=tensors)
+
+
+def moving_case(
+    device, swept, value, *, dim=DIM, heads=HEADS, times=4, extra=0, dtype=torch.bfloat16, tensors=2
+) -> Case:
+    k = 2**25 // (heads * dim * dtype.itemsize * tensors) + extra
+    length = int(k * times)
+    moved = tensors * heads * k * dim * dtype.itemsize
+
+    def make():
+        rows = (torch.randn(1, heads, length, dim, device=device).to(dtype) for _ in range(tensors))
+        return list(rows), random_index(1, length, k, device, heads)
+
+    return Case(
+        op="compact_",
+        label=f"{swept} {value}",
+        make=make,
+        variants={"kvcompress": lambda x: kvcompress.compact_(x[0], x[1])},
+        read=moved,
+        written=moved,
+        footprint=2 * moved,
+        params={"swept": swept, "value": value, "heads": heads, "head_dim": dim, "seq_len": length, "k": k,
+                "tensors": tensors, "dtype": str(dtype).removeprefix("torch.")},
+    )  # fmt: skip
 
 
 def compaction(device: torch.device, batch: int, length: int, k: int) -> Case:

@@ -16,6 +16,7 @@ Variant = Callable[[object], object]  # called with one set of inputs
 
 # sets of inputs that take turns within a round; a CPU call is long beside what it takes to time it
 MAX_COPIES = {"cuda": 24, "cpu": 3}
+LONGEST_WAIT = 0.02  # seconds that the GPU is kept waiting so that the host can queue a round
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Case:
     footprint: float = 0.0  # bytes of one set of inputs; bounds the number of sets
     restore: Callable[[object], None] | None = None  # undoes an in-place op, outside the timing: one call a round
     tests: Sequence[str] = ()  # ops whose tests must pass; by default those named in `op`
-    graph: bool = False  # ours are also timed inside a CUDA graph
+    graph: bool = False  # ours are also timed inside a CUDA graph, and
+    captured: Sequence[str] = ()  # peers that are nothing but launches
     core: bool = False  # belongs to the table of the core ops
     absent: dict[str, str] = field(default_factory=dict)  # peer: why it is not measured
     notes: str = ""
@@ -73,6 +75,11 @@ class Case:
         work = self.passes or [Work(self.read, self.written, self.flop, self.exponentials)]
         return sum(one.floor(limit) for one in work)
 
+    def moved(self) -> float:
+        """Bytes that memory must give or take: what a later pass finds in the cache counts once."""
+        work = self.passes or [Work(self.read, self.written)]
+        return sum(one.read + one.written for one in work if not one.cached)
+
     def tested_ops(self) -> list[str]:
         """The ops whose tests vouch for this case."""
         if self.tests:
@@ -81,11 +88,12 @@ class Case:
         return [name for name in names if hasattr(torch.ops.kvcompress, name)]
 
 
-def once(run: Callable[[], object], device: torch.device, inner: int) -> float:
-    """Seconds a call, over `inner` calls queued back to back."""
+def once(run: Callable[[], object], device: torch.device, inner: int, queueing: float = 0.0) -> float:
+    """Seconds a call, over `inner` calls queued back to back, which takes the host `queueing` seconds."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(2_000_000)  # the queue fills while the GPU waits: host time does not show
+        # the queue fills while the GPU waits, at 2 GHz or less: host time does not show
+        torch.cuda._sleep(max(2_000_000, int(2e9 * 1.5 * queueing)))
         start.record()
         for _ in range(inner):
             run()
@@ -123,6 +131,7 @@ class Runner:
         self.variants: dict[str, Variant] = {}
         self.failed: dict[str, str] = {}
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.queueing: dict[str, float] = {}
         for name, run in case.variants.items():
             if any(words in name for words in without):
                 self.failed[name] = "left out by --without"
@@ -137,8 +146,31 @@ class Runner:
                 self.failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 continue
             self.variants[name] = run
-            if case.graph and device.type == "cuda" and name.startswith("kvcompress"):
-                self.graphs[f"{name}, in a graph"] = self._capture(run)
+            if device.type == "cuda":
+                self.queueing[name] = self._queued(run)
+                self._add_graph(name, run)
+
+    def _queued(self, run: Variant) -> float:
+        """Seconds that the host needs to queue a round; a call that waits for the GPU is not hidden by any wait."""
+        begin = time.perf_counter()
+        for inputs in self.sets[: self.inner]:
+            run(inputs)
+        seconds = time.perf_counter() - begin
+        sync(self.device)
+        if self.case.restore:
+            self.case.restore(self.sets[0])
+        return min(seconds, LONGEST_WAIT)
+
+    def _add_graph(self, name: str, run: Variant) -> None:
+        if not (self.case.graph and name.startswith(("kvcompress", *self.case.captured))):
+            return
+        title = f"{name}, in a graph"
+        try:
+            self.graphs[title] = self._capture(run)
+        except Exception as error:
+            if name.startswith("kvcompress"):
+                raise
+            self.failed[title] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def _capture(self, run: Variant) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -162,7 +194,7 @@ class Runner:
             run(self.sets[self.turn % len(self.sets)])
             self.turn += 1
 
-        seconds = once(call, self.device, self.inner)
+        seconds = once(call, self.device, self.inner, self.queueing.get(name, 0.0))
         if self.case.restore:
             self.case.restore(self.sets[(self.turn - 1) % len(self.sets)])
         return seconds

@@ -46,6 +46,7 @@ TABLE = {
         ("decode_attention", "B1 8192 entries a head, 4 query heads"),
     ],
 }
+CLIFF = 2.0  # times the best shape of the same size from which on a shape counts as fallen off
 OURS = {"compact_, gather": "compact_"}  # which op the variant "kvcompress" is, where the case names two
 
 
@@ -61,9 +62,47 @@ def paths(args: argparse.Namespace, device: torch.device, name: str) -> list[Pat
     """Where the figures go."""
     found = [args.json] if args.json else []
     if args.save:
-        what = "core" if args.core else args.method or "_".join(args.stage or []) or args.op or "all"
+        what = (
+            "sweep"
+            if args.sweep
+            else "core"
+            if args.core
+            else args.method or "_".join(args.stage or []) or args.op or "all"
+        )
         found.append(args.save / f"{slug(device, name)}_{what}.json")
     return found
+
+
+def spread(rows: Sequence[dict], statistic: str) -> list[dict]:
+    """Of each op of a sweep: the best shape, and what the others cost beside it.
+
+    `by_bytes` compares times a byte that memory must give or take, `by_floor` times over the floor: a shape with more
+    query rows has more products and exponentials a byte, and its floor knows.
+    """
+    ours = [row for row in rows if row["variant"] == "kvcompress"]
+    found = []
+    for op in dict.fromkeys(row["op"] for row in ours):
+        own = [row for row in ours if row["op"] == op]
+        best = {"by_bytes": min(1 / row["bytes_s"] for row in own), "by_floor": min(row["floor_ratio"] for row in own)}
+        entry: dict[str, object] = {"op": op, "shapes": len(own), "best_bytes_s": 1 / best["by_bytes"]}
+        for name, least in best.items():
+            times = {
+                row["case"]: (1 / row["bytes_s"] if name == "by_bytes" else row["floor_ratio"]) / least for row in own
+            }
+            over = {case: round(value, 2) for case, value in times.items() if value > CLIFF}
+            entry[name] = {"worst": round(max(times.values()), 2), "over_2x": over}
+        found.append(entry)
+    return found
+
+
+def spread_lines(figures: dict) -> list[str]:
+    lines = []
+    for entry in figures.get("sweep", []):
+        lines.append(f"{entry['op']}: {entry['shapes']} shapes, the best at {entry['best_bytes_s'] / 1e9:.0f} GB/s")
+        for name, what in (("by_bytes", "a byte"), ("by_floor", "beside the floor")):
+            over = ", ".join(f"{case} {times}" for case, times in entry[name]["over_2x"].items())
+            lines.append(f"  {what}: up to {entry[name]['worst']}x the best" + (f"; over 2x: {over}" if over else ""))
+    return lines
 
 
 def draw(figures: dict, path: Path) -> list[Path]:
@@ -71,6 +110,8 @@ def draw(figures: dict, path: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if "sweep" in figures:
+        return [draw_sweep(figures, path)]
     written = []
     statistic = figures["statistic"] + "_us"
     rows = [row for row in figures["rows"] if "seq_len" in row]
@@ -108,6 +149,38 @@ def draw(figures: dict, path: Path) -> list[Path]:
         figure.savefig(picture, dpi=90)
         written.append(picture)
     return written
+
+
+def draw_sweep(figures: dict, path: Path) -> Path:
+    """All ops of a sweep: GB/s of every shape, a panel a size that is varied, and half of the best shape's as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in figures["rows"] if row["variant"] == "kvcompress"]
+    panels: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        panels.setdefault(row["op"], {}).setdefault(row["swept"], []).append(row)
+    columns = max(len(own) for own in panels.values())
+    figure = Figure(figsize=(3.6 * columns, 2.9 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for line, (op, own) in zip(figure.subplots(len(panels), columns, squeeze=False), panels.items()):
+        best = max(row["bytes_s"] for shapes in own.values() for row in shapes) / 1e9
+        for panel in line[len(own) :]:
+            panel.set_axis_off()
+        for panel, (swept, shapes) in zip(line, own.items()):
+            places = range(len(shapes))
+            panel.bar(places, [row["bytes_s"] / 1e9 for row in shapes], color="C0")
+            panel.plot(places, [row["bytes_s"] / 1e9 * row["floor_ratio"] for row in shapes], "k_", label="floor")
+            panel.axhline(best / CLIFF, color="C3", linewidth=1, linestyle="--", label="half of the best")
+            panel.set_xticks(places, [str(row["value"]) for row in shapes], rotation=90, fontsize=6)
+            panel.set_title(f"{op}: {swept}", fontsize=8)
+            panel.tick_params(axis="y", labelsize=6)
+        line[0].set_ylabel("GB/s", fontsize=8)
+        line[0].legend(fontsize=6)
+    figure.suptitle(f"{figures['device']}, {figures['statistic']} of {figures['rounds']} rounds, {figures['date']}")
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=80)
+    return picture
 
 
 def table(figures: dict) -> str:

@@ -5,6 +5,8 @@
     python bench/run.py --method snapkv           one method, all its stages
     python bench/run.py --core --save             the table of the core ops into bench/results/<device>_core.json
     python bench/run.py --op topk --base main~5   this tree beside another state of it, turn by turn
+    python bench/run.py --core --sm80             this build beside what it does on cards before Hopper
+    python bench/run.py --sweep --save            shapes of one size each: which costs more than twice the best one
 
 Every case runs the tests of its op first and reports nothing when one fails. Inputs rotate and the cache is flushed
 before every round; the floor is what the bytes, products and exponentials of a case cost at the rates measured in the
@@ -24,7 +26,8 @@ import pkgutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,9 +48,14 @@ def stages() -> list[str]:
     return sorted(name.removeprefix("bench_") for name in names if name.startswith("bench_"))
 
 
-def stage_cases(stage: str, device: torch.device, *, quick: bool, method: str | None = None) -> Iterator[Case]:
-    """All cases of a stage, in an order that only the arguments decide."""
-    function = importlib.import_module(f"bench.bench_{stage}").cases
+def stage_cases(
+    stage: str, device: torch.device, *, quick: bool, method: str | None = None, sweep: bool = False
+) -> Iterator[Case]:
+    """All cases of a stage, or those of its sweep, in an order that only the arguments decide."""
+    module = importlib.import_module(f"bench.bench_{stage}")
+    if sweep:
+        return module.sweep(device) if hasattr(module, "sweep") else iter(())
+    function = module.cases
     options: dict[str, object] = {"quick": quick}
     if method and "method" in inspect.signature(function).parameters:
         options["method"] = method
@@ -102,19 +110,19 @@ def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
 # --- measuring
 
 
-def measured(case: Case, device: torch.device, args: argparse.Namespace, other: base.Worker | None) -> dict:
-    """All variants of a case, interleaved round by round, those of another build among them."""
+def measured(case: Case, device: torch.device, args: argparse.Namespace, others: Sequence[base.Worker]) -> dict:
+    """All variants of a case, interleaved round by round, those of other processes among them."""
     runner = Runner(case, device, warm=args.warm, without=args.without)
-    turns = {name: runner.time for name in runner.names()}
+    turns: dict[str, Callable[[], float]] = {name: partial(runner.time, name) for name in runner.names()}
     failed = dict(runner.failed)
-    if other is not None:
+    for other in others:
         names, why = other.prepare(case)
-        turns |= {f"base: {name}": lambda name: other.time(name.removeprefix("base: ")) for name in names}
-        failed |= {f"base: {name}": reason for name, reason in why.items()}
+        turns |= {f"{other.name}: {name}": partial(other.time, name) for name in names}
+        failed |= {f"{other.name}: {name}": reason for name, reason in why.items()}
     samples: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(args.rounds):
         for name, timed in turns.items():
-            samples[name].append(timed(name))
+            samples[name].append(timed())
     return {"times": {name: summary(own) for name, own in samples.items()}, "absent": {**case.absent, **failed}}
 
 
@@ -126,7 +134,7 @@ def rows_of(case: Case, stage: str, result: dict, floor: float, target: str) -> 
     for variant, own in times.items():
         row = {"stage": stage, "op": case.op, "case": case.label, **case.params, "variant": variant}
         row |= {f"{name}_us": seconds * 1e6 for name, seconds in own.items()}
-        row |= {"floor_us": floor * 1e6, "floor_ratio": own[target] / floor}
+        row |= {"floor_us": floor * 1e6, "floor_ratio": own[target] / floor, "bytes_s": case.moved() / own[target]}
         if ours and not variant.startswith("kvcompress"):
             row["times_ours"] = own[target] / ours
         rows.append(row)
@@ -154,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--case", help="only cases whose label contains this")
     form.add_argument("--method", help="one method of the registry, or 'all'")
     form.add_argument("--core", action="store_true", help="only the table of the core ops")
+    form.add_argument("--sweep", action="store_true", help="shapes of one size each instead, and which of them is slow")
     form.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     form.add_argument("--rounds", type=int, default=15, help="interleaved rounds; medians on a GPU, best on a CPU")
     form.add_argument("--limit", type=float, metavar="SECONDS", help="start no case later than this")
@@ -162,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--untested", action="store_true", help="do not run the tests first; the report says so")
     form.add_argument("--without", action="append", default=[], metavar="PEER", help="leave out variants named so")
     form.add_argument("--base", metavar="GITREF", help="also that state of the tree, or a folder with a built package")
+    form.add_argument("--sm80", action="store_true", help="also this build as on a card of sm_80: no clusters, no TMA")
     form.add_argument("--json", type=Path, help="write all figures to this file")
     results = ROOT / "bench" / "results"
     form.add_argument("--save", type=Path, nargs="?", const=results if results.exists() else Path(), metavar="FOLDER",
@@ -175,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = form.parse_args(argv)
     if args.plot and not (args.json or args.save):
         form.error("--plot needs --json or --save: the picture lies beside the figures")
+    if args.sm80 and torch.device(args.device).type != "cuda":
+        form.error("--sm80 needs a GPU: it is about CUDA kernels")
     if (args.plot or args.save) and importlib.util.find_spec("matplotlib") is None:
         sys.exit("bench: plots need matplotlib: pip install 'kvcompress[plots]'")
     device = torch.device(args.device)
@@ -182,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = []
     for stage in names:
         method = None if args.method in (None, "all") else args.method
-        cases = stage_cases(stage, device, quick=args.quick, method=method)
+        cases = stage_cases(stage, device, quick=args.quick, method=method, sweep=args.sweep)
         wanted += [(stage, case) for case in chosen(cases, args.op, args.case, args.core)]
     if not wanted:
         sys.exit("bench: no case fits; `--stage`, `--op`, `--case` and `--method` narrow what --help lists")
@@ -191,7 +203,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if red:
             sys.exit(f"bench: {', '.join(red)} fail on {device.type}; no figures until they pass")
 
-    other = base.Worker(args, device) if args.base else None
+    others = []
+    if args.base:
+        others.append(base.Worker("base", args, device, base.built(args.base, device)))
+    if args.sm80:
+        here = Path(kvcompress.__file__).parent.parent
+        others.append(base.Worker("sm_80", args, device, here, KVCOMPRESS_SM="80"))
     limit = ceilings(device)
     target = "median" if device.type == "cuda" else "best"  # a CPU is shared with whatever else runs
     name = device_name(device)
@@ -206,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             missing.append({"op": case.op, "case": case.label, "variant": "any", "why": f"--limit {args.limit:.0f} s"})
             continue
         try:
-            result = measured(case, device, args, other)
+            result = measured(case, device, args, others)
         except (
             RuntimeError
         ) as error:  # out of memory, or a kernel that failed: what was measured so far is still written
@@ -231,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "statistic": target,
         "rounds": args.rounds,
         "base": args.base,
+        **({"sweep": report.spread(rows, target)} if args.sweep else {}),
         "ceilings": {
             "read_bytes_s": limit.read,
             "copy_bytes_s": limit.copy,
@@ -242,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rows": rows,
         "not_measured": missing,
     }
+    for line in report.spread_lines(figures):
+        print(line)
     for path in report.paths(args, device, name):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -31,6 +31,7 @@ class Layer:
 LAYER = Layer(num_q_heads=32, num_kv_heads=8, head_dim=128, hidden=4096)  # Llama 3.1 8B
 PROMPTS = [(1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768), (8, 131072)]  # (batch, seq_len)
 WINDOWS = [32, 64]
+HEAD_DIMS = [64, 72, 80, 96, 104, 112, 120, 128, 136, 160, 192, 224, 256]  # of sweeps
 POOLS = [("avg", 5), ("max", 7)]
 TOPK_ROWS = [(8, 8192), (8, 32768), (8, 131072), (8, 262144)]  # (rows, seq_len)
 TOPK_ROWS += [(rows, seq_len) for rows in (64, 256) for seq_len in (8192, 32768, 131072, 262144)]
