@@ -183,7 +183,7 @@ __attribute__((target("arch=x86-64-v4"))) void pack_panels(const bf16* from, int
 
 #else
 
-bool has_pair_products(int64_t) {
+bool has_pair_products(int64_t, int64_t) {
   return false;
 }
 void pack_panels(const bf16*, int64_t, int64_t, int64_t, bf16*) {}
