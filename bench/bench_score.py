@@ -36,7 +36,7 @@ def gemm_alone(x, window: int, group: int):
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    kvpress = peers.kvpress_window_scores()
+    kvpress = peers.kvpress_snapkv()
     compiled = peers.compiled_window_scores() if device.type == "cuda" and not quick else None
     for batch, length in prompts(device, quick=quick):
         for window in WINDOWS:
@@ -67,7 +67,7 @@ def prompt_cases(device, batch, length, window, pool, kernel, kvpress, compiled)
         if isinstance(kvpress, str):
             absent["kvpress"] = kvpress
         else:
-            variants["kvpress"] = lambda x: kvpress(x[0], x[1], pool, kernel)
+            variants["kvpress"] = lambda x: kvpress[0](x[0], x[1], kernel)
     else:
         absent |= dict.fromkeys(("torch", "kvpress"), "writes the map: tens of GiB at this size")
     if compiled is not None and (batch, length, window) in COMPILED and pool == "avg":

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 import kvcompress
-from bench.bench_score import passes
+from bench import peers
+from bench.bench_score import EAGER_KEYS, passes
 from bench.harness import Case, Work
 from tests.cases import LAYER, WINDOWS, prompts
 
@@ -16,13 +17,14 @@ K = 1024
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
+    kvpress = peers.kvpress_snapkv()
     for batch, length in prompts(device, quick=quick):
         for window in WINDOWS:
             for lse in (False, True):
-                yield step_case(device, batch, length, window, lse=lse)
+                yield step_case(device, batch, length, window, kvpress, lse=lse)
 
 
-def step_case(device: torch.device, batch: int, length: int, window: int, *, lse: bool) -> Case:
+def step_case(device: torch.device, batch: int, length: int, window: int, kvpress, *, lse: bool) -> Case:
     heads, dim = LAYER.num_kv_heads, LAYER.head_dim
 
     def make():
@@ -39,6 +41,15 @@ def step_case(device: torch.device, batch: int, length: int, window: int, *, lse
     moved = 2 * batch * heads * K * dim * 2
     scoring = passes(batch, heads, window * LAYER.q_per_kv, dim, length, 2, lse=lse or device.type == "cpu")
     rows = batch * heads
+    others, absent = {}, {}
+    if not lse and batch * length <= EAGER_KEYS:
+        others["torch"] = lambda x: peers.torch_step(x[0], x[1], x[2], POOL["kernel_size"], K)
+        if isinstance(kvpress, str):
+            absent["kvpress"] = kvpress
+        else:
+            others["kvpress"] = lambda x: kvpress[1](x[0], x[1], x[2], POOL["kernel_size"], K)
+    elif not lse:
+        absent = dict.fromkeys(("torch", "kvpress"), "writes the map: tens of GiB at this size")
     return Case(
         op="step" + (", lse given" if lse else ""),
         label=f"B{batch} S{length} W{window} k {K}",
@@ -48,7 +59,9 @@ def step_case(device: torch.device, batch: int, length: int, window: int, *, lse
             "kvcompress.window_scores alone": lambda x: kvcompress.window_scores(x[0], x[1], lse=x[3], **POOL),
             "kvcompress.topk alone": lambda x: kvcompress.topk(x[4], K, window=window),
             "kvcompress.compact_ alone": lambda x: kvcompress.compact_([x[1], x[2]], x[5]),
+            **others,
         },
+        absent=absent,
         passes=[*scoring, Work(4 * rows * length, 4 * rows * K, cached=True), Work(moved, moved)],
         footprint=2 * batch * heads * length * dim * 2,
         tests=("window_scores", "topk", "compact_"),

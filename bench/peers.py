@@ -94,9 +94,16 @@ def _submodule(package: str, name: str) -> Any:
     return _module(f"{package}.{name}")
 
 
-def kvpress_window_scores() -> Callable[..., torch.Tensor] | str:
-    """SnapKV's scores of kvpress, as its press computes them: with the projection and RoPE of the window's queries, and
-    the one host sync of its padding value. `q` gives the sizes only.
+def torch_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: int, kept: int) -> list[torch.Tensor]:
+    """One layer's compression in eager torch: window_scores, the best of them and the window, and their rows."""
+    scores = F.pad(torch_window_scores(q, k, "avg", kernel), (0, q.shape[2]), value=torch.inf)
+    index = scores.topk(kept, dim=-1, sorted=False).indices.sort(-1).values
+    return [t.gather(2, index[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (k, v)]
+
+
+def kvpress_snapkv() -> tuple[Callable[..., torch.Tensor], Callable[..., object]] | str:
+    """SnapKV's scores and whole compression by kvpress, as its press computes them: with the projection and RoPE of the
+    window's queries, and the one host sync of its padding value. `q` gives the sizes only.
     """
     module = _submodule("kvpress", "presses.snapkv_press")
     if isinstance(module, str):
@@ -111,16 +118,26 @@ def kvpress_window_scores() -> Callable[..., torch.Tensor] | str:
         )
         return LlamaAttention(config, 0).to(device, dtype)
 
-    @torch.no_grad()
-    def scores(q: torch.Tensor, k: torch.Tensor, pool: str, kernel: int) -> torch.Tensor:
+    def press_of(q: torch.Tensor, kernel: int, share: float) -> Any:
+        return module.SnapKVPress(compression_ratio=1 - share, window_size=q.shape[2], kernel_size=kernel)
+
+    def arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
         batch, heads, window, dim = q.shape
         layer = attention(heads, k.shape[1], dim, k.device, k.dtype)
-        press = module.SnapKVPress(compression_ratio=0.5, window_size=window, kernel_size=kernel)
         hidden = q.new_ones(batch, 1, heads * dim).expand(batch, window + 1, -1)
         angles = q.new_ones(batch, window + 1, dim)
-        return press.score(layer, hidden, k, k, None, {"position_embeddings": (angles, angles)})
+        return layer, hidden, k, v, None, {"position_embeddings": (angles, angles)}
 
-    return scores
+    @torch.no_grad()
+    def scores(q: torch.Tensor, k: torch.Tensor, kernel: int) -> torch.Tensor:
+        return press_of(q, kernel, 0.5).score(*arguments(q, k, k))
+
+    @torch.no_grad()
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: int, kept: int) -> object:
+        share = (kept + 0.5) / k.shape[2]  # it rounds down
+        return press_of(q, kernel, share).compress(*arguments(q, k, v))
+
+    return scores, step
 
 
 def flashinfer_topk() -> Callable[[torch.Tensor, int], object] | str:
