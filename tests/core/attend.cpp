@@ -58,7 +58,7 @@ void decode_like_loops(int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t
   const int64_t partials = (p.max_workers + p.num_rows()) * p.slice();
   std::vector<float> partial_out(partials * dim), partial_stats(partials * 2),
       lse(want_lse.size(), NAN);
-  std::vector<int64_t> tile_start(p.num_stores() + 1);
+  std::vector<int64_t> tile_start(p.num_stores() + 2);
   std::vector<T> out(want.size());
   p.out = out.data();
   p.lse = lse.data();
