@@ -220,14 +220,58 @@ def number(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
 
 
-MARK = re.compile(r"(<!-- core: (\S+) -->\n).*?(<!-- /core -->)", re.DOTALL)
+def long_table(figures: dict) -> str:
+    """Long answers: share of tokens right with its interval, methods in lines, tasks and budgets in columns."""
+    held = {(line["task"], line["method"], line["budget"]): line for line in figures["lines"]}
+    tasks, methods = (list(dict.fromkeys(line[name] for line in figures["lines"])) for name in ("task", "method"))
+    budgets = sorted({line["budget"] for line in figures["lines"]} - {None})
+    lines = ["| task, with every entry | method | " + " | ".join(map(str, budgets)) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(budgets))
+
+    def cell(line: dict | None) -> str:
+        if line is None:
+            return ""
+        return f"{100 * line['right']:.1f} ({100 * line['low']:.1f} - {100 * line['high']:.1f})"
+
+    for task in tasks:
+        for method in (name for name in methods if name != "full"):
+            own = [held.get((task, method, budget)) for budget in budgets]
+            whole = f"`{task}`: {cell(held.get((task, 'full', None)))}"
+            lines.append(f"| {whole} | `{method}` | " + " | ".join(map(cell, own)) + " |")
+    some = figures["lines"][0]
+    prompts = [round(held[task, "full", None]["prompt_tokens"]) for task in tasks]
+    answers = [round(held[task, "full", None]["answer_tokens"]) for task in tasks]
+    lines.append(
+        f"\n{figures['device']}, torch {figures['torch']}, {figures['dtype']}; {some['n']} samples a task, prompts of "
+        f"{_listed(prompts)} tokens and answers of {_listed(answers)} on the mean."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def decode_table(figures: dict) -> str:
+    """Decode steps: ms a token of every cache, beside the dense one that evicts nothing."""
+    lines = ["| cache | ms a token | of the dense one | kernels a token |", "| --- | --- | --- | --- |"]
+    for row in figures["rows"]:
+        kernels = f"{row['kernels']:,}" if row.get("kernels") else ""
+        lines.append(f"| {row['cache']} | {row['ms']:.2f} | {row['ratio_to_dense']:.3f} | {kernels} |")
+    lines += [f"\n{peer}: {why}." for peer, why in figures.get("absent", {}).items()]
+    lines.append(f"\n{figures['device']}, torch {figures['torch']}, transformers {figures['transformers']}.")
+    return "\n".join(lines) + "\n"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+
+
+TABLES = {"core": table, "long": long_table, "decode": decode_table}
+MARK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def filled(text: str, root: Path) -> str:
-    """A README with the tables between its marks, `<!-- core: FILE -->`, made from these files."""
+    """A README with the tables between its marks, `<!-- core: FILE -->` and the others of `TABLES`, made from these files."""
 
     def table_of(mark: re.Match[str]) -> str:
-        return mark[1] + table(json.loads((root / mark[2]).read_text())) + mark[3]
+        return mark[1] + TABLES[mark[2]](json.loads((root / mark[3]).read_text())) + mark[4]
 
     return MARK.sub(table_of, text)
 

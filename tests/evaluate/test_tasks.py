@@ -47,6 +47,17 @@ def test_answer_is_in_the_context(task, mini):
             assert sample.answer.split()[0] in near
 
 
+@pytest.mark.parametrize("task", ["words_again", "pairs_again", "text_again"])
+def test_answers_of_hundreds_of_tokens(task, mini):
+    """What is to be given again stands at the front, with as much text behind it as fits."""
+    (sample,) = generators.generate(task, mini[1], length=2048, count=1)
+    assert sample.context.startswith(f"List: {sample.answer}\n")
+    assert sample.question == "\nList again:"
+    tokens = encode(sample, mini[1])
+    assert 250 <= len(tokens.answer) <= 400
+    assert mini[1].decode(tokens.prefix) == ":"
+
+
 def test_a_length_too_short_for_the_facts_is_refused(mini):
     with pytest.raises(ValueError, match="length must leave room for 8 facts"):
         generators.generate("niah_multiquery", mini[1], length=90, count=1)

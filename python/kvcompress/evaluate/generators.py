@@ -30,6 +30,7 @@ class Document:
         head: what stands in front of everything.
         filler: the next sentence of haystack; None: the facts repeat `more` until the context is full.
         depths: where the facts go, 0 to 1 each; None: at random.
+        ask, prefix: what stands before a question, and behind it before its answer.
     """
 
     facts: list[str]
@@ -37,6 +38,8 @@ class Document:
     head: str = ""
     filler: Callable[[], str] | None = None
     depths: list[float] | None = field(default=None)
+    ask: str = "\nQuestion: "
+    prefix: str = "\nAnswer:"
 
 
 Generator = Callable[[random.Random, int, int], Document]
@@ -77,13 +80,14 @@ def generate(
     while len(samples) < count:
         source = random.Random(f"{seed}/{name}/{length}/{number}")
         document = _REGISTRY[name](source, length, per_context)
-        asked = [(f"\nQuestion: {question}", answer, fact) for question, answer, fact in document.questions]
-        longest = max(_count(tokenizer, question + "\nAnswer:" + f" {answer}\n") for question, answer, _ in asked)
+        asked = [(f"{document.ask}{question}", answer, fact) for question, answer, fact in document.questions]
+        prefix = document.prefix
+        longest = max(_count(tokenizer, f"{question}{prefix} {answer}\n") for question, answer, _ in asked)
         context, places = _fill(tokenizer, document, length - longest - _ROOM, source)
         own = f"{name}-{length}-{seed}-{number}"
         for turn, (question, answer, fact) in enumerate(asked[: count - len(samples)]):
             depth = None if fact is None else places[fact]
-            samples.append(Sample(f"{own}-{turn}", own, name, length, context, question, "\nAnswer:", answer, depth))
+            samples.append(Sample(f"{own}-{turn}", own, name, length, context, question, prefix, answer, depth))
         number += 1
     return samples
 
@@ -272,6 +276,33 @@ def long_list(source: random.Random, tokens: int, questions: int) -> Document:
     return Document(
         facts, [(question, ", ".join(facts), None)], "Here is a list of keys and their values.\n", _prose(source)
     )
+
+
+def _again(source: random.Random, text: str) -> Document:
+    """A text at the front, hay behind it, and the whole of the text to be given again."""
+    asked = [("List again:", text, 0)]
+    return Document([text + "\n"], asked, "List: ", _prose(source), [0.0], ask="\n", prefix="")
+
+
+@task
+def words_again(source: random.Random, tokens: int, questions: int) -> Document:
+    """A list of words, all of it to be given again: hundreds of tokens at a length of 2048."""
+    words = [*ADJECTIVES, *NOUNS, *VERBS]
+    return _again(source, " ".join(source.choice(words) for _ in range(max(4, tokens // 16))))
+
+
+@task
+def pairs_again(source: random.Random, tokens: int, questions: int) -> Document:
+    """Keys and values, all of them to be given again: hundreds of tokens at a length of 2048."""
+    names = _keys(source, max(2, tokens // 64))
+    return _again(source, ", ".join(f"{name}: {_number(source)}" for name in names))
+
+
+@task
+def text_again(source: random.Random, tokens: int, questions: int) -> Document:
+    """A paragraph, all of it to be given again: hundreds of tokens at a length of 2048."""
+    sentence = _prose(source)
+    return _again(source, " ".join(sentence() for _ in range(max(1, tokens // 128))))
 
 
 @task
