@@ -316,6 +316,7 @@ class Budget(ABC):
         across_heads: `settle_heads` decides instead of `settle`: heads of a layer keep different numbers of entries.
         needs_mass: it compares shares of the scores' sums, so they must not be negative.
         queries: how many of the last prompt queries it looks at itself, whatever the score needs.
+        wants_lse: it looks at their attention, so that the log-sum-exp of the prompt's own saves it a pass over K.
     """
 
     deferred: ClassVar[bool] = False
@@ -323,6 +324,7 @@ class Budget(ABC):
     tightens: ClassVar[bool] = False
     across_heads: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
+    wants_lse: ClassVar[bool] = False
 
     @property
     def queries(self) -> int:
@@ -526,6 +528,7 @@ class ZigZag(Budget):
     tau: float = 0.9
     beta: float = 0.2
     deferred = True
+    wants_lse = True
 
     def __post_init__(self) -> None:
         entries(self.budget, 1)

@@ -25,7 +25,10 @@ class LayerState:
         lengths: real entries of each row, on the host; row b's are the last ``lengths[b]``.
         softmax_scale: factor of the logits.
         seq_start: ``[batch]`` int32 on the device, first real entry of each row; None: no row is padded.
-        lse: ``[batch, num_q_heads, n]`` float32 log-sum-exp of the same queries, where the attention returned it.
+        lse: ``[batch, num_q_heads, n]`` float32 log-sum-exp of the same queries, where a stage wants it (`wants_lse`) and the
+            prompt's own attention returned it; None: whoever needs it makes it again, in one more pass over K.
+        output: like `queries`, what the attention of the layer gave them, before the output projection; None: the model loop
+            does not have it.
         inv_freq: ``[rotary_dim / 2]`` float32 rotary frequencies of the model, for scores that take a rotation back; None: the
             model loop does not know them. Row b's entry j was rotated to position ``j - seq_start[b]``.
         lookahead: ``[batch, num_q_heads, n, head_dim]`` queries of a draft that goes on behind the prompt, after RoPE; None: no draft.
@@ -41,6 +44,7 @@ class LayerState:
     softmax_scale: float
     seq_start: Tensor | None = None
     lse: Tensor | None = None
+    output: Tensor | None = None
     inv_freq: Tensor | None = None
     lookahead: Tensor | None = None
     lookahead_lengths: list[int] = field(default_factory=list)
@@ -59,6 +63,14 @@ class LayerState:
             raise ValueError("LayerState: queries must be given for a score that looks at queries, got None")
         return self.queries[:, :, -size:]
 
+    def window_lse(self, size: int) -> Tensor | None:
+        """The log-sum-exp of the same queries, where it is known."""
+        return None if self.lse is None else self.lse[:, :, -size:]
+
+    def window_output(self, size: int) -> Tensor | None:
+        """What attention gave the same queries, where it is known."""
+        return None if self.output is None else self.output[:, :, -size:]
+
     def row(self, b: int) -> LayerState:
         """Row b as a batch of its own, without its padding; views, nothing is copied."""
         start = self.seq_len - self.lengths[b]
@@ -74,6 +86,7 @@ class LayerState:
             lengths=[self.lengths[b]],
             seq_start=None,
             lse=cut(self.lse),
+            output=cut(self.output),
             lookahead=None if self.lookahead is None else self.lookahead[b : b + 1],
             lookahead_lengths=self.lookahead_lengths[b : b + 1],
         )

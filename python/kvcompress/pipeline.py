@@ -31,7 +31,8 @@ class Score(Protocol):
     `queries` is how many of the last prompt queries it looks at. `by_position` says that the score is the position itself, so
     that entries appended later are ranked like the first ones; other scores know nothing of later entries, but those that have
     ``while_decoding = True`` can be asked again over what is left (`kvcompress.statistic.Rescored`). `is_mass`, where a
-    score has it, says that scores are never negative and that shares of their sum mean something.
+    score has it, says that scores are never negative and that shares of their sum mean something; `wants_lse` and
+    `wants_output`, that the log-sum-exp or the output of the prompt's own attention saves it work (`LayerState`).
     """
 
     @property
@@ -195,6 +196,20 @@ class Pipeline:
         decode = 0 if stages.decode is None else stages.decode.queries
         draft = 0 if stages.lookahead is None else stages.lookahead.queries
         return max(stages.score.queries, stages.budget.queries, decode, draft)
+
+    @property
+    def wants_lse(self) -> bool:
+        """Whether some stage is spared a pass over K by the log-sum-exp of the prompt's attention."""
+        return self._some_stage("wants_lse")
+
+    @property
+    def wants_output(self) -> bool:
+        """Whether some stage looks at what the prompt's attention gave the queries."""
+        return self._some_stage("wants_output")
+
+    def _some_stage(self, says: str) -> bool:
+        stages = self.stages
+        return any(getattr(stage, says, False) for stage in (stages.score, stages.budget, stages.decode))
 
     @property
     def wants_residual(self) -> bool:

@@ -280,6 +280,7 @@ class WindowAttention:
     pool_first: bool = False
     by_position = False
     is_mass = True
+    wants_lse = True
     while_decoding = True
 
     def __post_init__(self) -> None:
@@ -296,7 +297,7 @@ class WindowAttention:
         return window_scores(
             layer.window(self.window),
             layer.keys,
-            lse=None if layer.lse is None else layer.lse[:, :, -self.window :],
+            lse=layer.window_lse(self.window),
             seq_start=layer.seq_start,
             window_reduce=self.window_reduce,
             group_reduce=self.group_reduce,
@@ -347,6 +348,7 @@ class ReceivedAttention:
     shared: bool = False
     by_position = False
     is_mass = True
+    wants_lse = True
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -368,7 +370,7 @@ class ReceivedAttention:
             layer.keys,
             statistic="mean" if self.per_viewer else "sum",
             group_reduce=self.group_reduce,
-            lse=None if layer.lse is None else layer.lse[:, :, -queries.shape[2] :],
+            lse=layer.window_lse(self.queries),
             seq_start=layer.seq_start,
             softmax_scale=layer.softmax_scale,
         )

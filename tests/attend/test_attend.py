@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress.attend import attend
+from kvcompress.attend import attend, attend_with_lse
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -80,3 +80,50 @@ def test_rows_of_a_batch_equal_that_row_alone(device):
     for row, end in enumerate(ends):
         one = slice(row, row + 1)
         assert torch.equal(together[one], attend(q[one], k[one], v[one], ends=[end]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("q_heads", "heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [0, 21, 69], [0, 70, 4]])
+def test_log_sum_exp(starts, head_dim, q_heads, heads, dtype, device):
+    """The output to the bit, and the log-sum-exp to the error of float32; None where torch's is less exact than that."""
+    q, k, v = (
+        torch.randn(3, 70, h, head_dim, device=device, dtype=dtype).transpose(1, 2) for h in (q_heads, heads, heads)
+    )
+    out, lse = attend_with_lse(q, k, v, starts=starts)
+    assert torch.equal(out, attend(q, k, v, starts=starts))
+    if (device == "cpu") == (dtype != torch.float32):
+        assert lse is None
+        return
+    assert lse is not None
+    assert lse.is_contiguous()
+    position = torch.arange(70, device=device)
+    hidden = position > position[:, None]
+    for row, start in enumerate(starts):
+        keys = k[row].double().repeat_interleave(q_heads // heads, 0)
+        logits = q[row].double() @ keys.mT * head_dim**-0.5
+        exact = logits.masked_fill(hidden | (position < start), -torch.inf).logsumexp(-1)
+        assert torch.isposinf(lse[row, :, :start]).all()
+        # a running dot product is rounded once a step: as a random walk, eps / 2 of sum |q_d k_d|
+        walk = (q[row].double().abs() @ keys.abs().mT).max() * head_dim**-0.5
+        error = (lse[row, :, start:].double() - exact[:, start:]).abs().max() if start < 70 else 0.0
+        assert error <= torch.finfo(torch.float32).eps * (8 + walk)
+
+
+def test_log_sum_exp_of_few_tokens_and_of_none(device):
+    q, k, v = (torch.randn(1, heads, 5, 16, device=device) for heads in (4, 2, 2))
+    out, lse = attend_with_lse(q, k, v)
+    assert torch.equal(out, attend(q, k, v))
+    logits = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(
+        ~torch.ones(5, 5, device=device).tril().bool(), -torch.inf
+    )
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    _, none = attend_with_lse(
+        torch.randn(1, 4, 12, 16, device=device), *(torch.randn(1, 2, 40, 16, device=device) for _ in "kv")
+    )
+    assert none is None  # queries behind older entries
+    q.requires_grad_()
+    out, none = attend_with_lse(q.repeat(1, 1, 3, 1), k.repeat(1, 1, 3, 1), v.repeat(1, 1, 3, 1))
+    assert none is None
+    assert out.requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from kvcompress import budget, score, select
 from kvcompress.methods import Method, create
 from kvcompress.models import CompressedCache, attach
-from kvcompress.pipeline import Stages
+from kvcompress.pipeline import Pipeline, Stages
 from tests.models.common import BUDGET, CUT_ONCE, NAMES, PROMPT, cache_of, entries, generate, method, padded, prompt
 from tests.models.conftest import SHAPE
 
@@ -240,6 +241,63 @@ def test_gradients_flow_but_nothing_stored_holds_them(llama):
         llama(prompt(llama), past_key_values=cache)
         llama(prompt(llama, 1), past_key_values=cache)
     assert not any(t.requires_grad for layer in cache.layers for t in layer.store.tensors.values())
+
+
+class Watched(Pipeline):
+    """Remembers what it is given."""
+
+    def compress(self, layer, store=None):
+        self.given = [*getattr(self, "given", []), layer]
+        return super().compress(layer, store)
+
+
+@pytest.mark.parametrize("chunk", [None, 30])
+@pytest.mark.parametrize(
+    ("name", "parameters", "wants_lse", "wants_output"),
+    [
+        ("h2o", {}, True, False),
+        ("snapkv", {"window": 8}, True, False),
+        ("obcache", {"window": 8}, True, True),
+        ("obcache", {"window": None, "recent": 8}, True, True),
+        ("streaming_llm", {}, False, False),
+    ],
+)
+def test_the_prompts_own_attention_is_handed_over(llama, name, parameters, wants_lse, wants_output, chunk):
+    """Its log-sum-exp where a stage asks for it and the whole prompt attends at once; its output, also chunk by chunk."""
+    if llama.device.type == "cuda":  # whose kernels give none for float32
+        llama = copy.deepcopy(llama).half()
+    cache = cache_of(llama, create(name, budget=BUDGET, **parameters), chunked_prefill=chunk is not None)
+    cache._pipeline = Watched(cache._pipeline.stages, cache._pipeline.num_layers)
+    for layer in cache.layers:
+        layer.pipeline = cache._pipeline
+    outputs = {}
+    hooks = [
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, i=i: outputs.setdefault(i, []).append(args[0].detach())
+        )
+        for i, block in enumerate(llama.model.layers)
+    ]
+    ids = prompt(llama)
+    with attach(llama):
+        for part in ids.split(chunk or PROMPT, 1):
+            llama(part, past_key_values=cache)
+        cache.finish_prompt()
+    for hook in hooks:
+        hook.remove()
+    assert len(cache._pipeline.given) == len(cache.layers)
+    for layer in cache._pipeline.given:
+        assert (layer.lse is not None) == (wants_lse and chunk is None)
+        assert (layer.output is not None) == (layer.queries is not None and (wants_output or chunk is None))
+        if layer.lse is not None:
+            assert layer.lse.shape == layer.queries.shape[:3]
+            keys = layer.keys.repeat_interleave(layer.queries.shape[1] // layer.keys.shape[1], 1)
+            logits = layer.queries.double() @ keys.double().mT * layer.softmax_scale
+            column = torch.arange(PROMPT, device=layer.keys.device)
+            logits = logits.masked_fill(column > column[-layer.queries.shape[2] :, None], -torch.inf)
+            torch.testing.assert_close(layer.lse, logits.logsumexp(-1).float())
+        if layer.output is not None:
+            whole = torch.cat(outputs[layer.index], 1).unflatten(2, (layer.queries.shape[1], -1)).transpose(1, 2)
+            assert torch.equal(layer.output, whole[:, :, -layer.queries.shape[2] :])
 
 
 def test_bfloat16(llama):

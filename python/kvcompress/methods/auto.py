@@ -78,6 +78,10 @@ class Distinct:
     def queries(self) -> int:
         return self.observers if self.attention else 0
 
+    @property
+    def wants_lse(self) -> bool:
+        return self.attention > 0
+
     @score.row_by_row
     def __call__(self, layer: LayerState) -> Tensor:
         scores = KeyDifference(self.before_rope)(layer)
@@ -85,6 +89,7 @@ class Distinct:
             scores += self.attention * score.window_scores(
                 layer.window(self.observers),
                 layer.keys,
+                lse=layer.window_lse(self.observers),
                 num_scored=layer.seq_len,
                 window_reduce="max",
                 group_reduce="max",

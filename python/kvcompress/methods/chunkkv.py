@@ -44,6 +44,14 @@ class Chunks:
     def is_mass(self) -> bool:
         return is_mass(self.inner)
 
+    @property
+    def wants_lse(self) -> bool:
+        return getattr(self.inner, "wants_lse", False)
+
+    @property
+    def wants_output(self) -> bool:
+        return getattr(self.inner, "wants_output", False)
+
     def __call__(self, layer: LayerState) -> Tensor:
         scores = self.inner(layer)
         rows = scores if self.per_kv_head else scores.sum(1, keepdim=True)

@@ -39,6 +39,7 @@ class NormDrop(Budget):
     window: int = 0
     observed: float = 0.0
     causal: bool = True
+    wants_lse = True
 
     def __post_init__(self) -> None:
         entries(self.budget, 1)
@@ -81,10 +82,11 @@ class NormDrop(Budget):
             if length == 0:
                 continue
             observed = max(int(length * self.observed), 1)
-            keys = layer.keys[row : row + 1, :, -length:]
+            keys, lse = layer.keys[row : row + 1, :, -length:], layer.window_lse(observed)
             rows[row : row + 1, :, -length:] = score.window_scores(
                 layer.window(observed)[row : row + 1],
                 keys,
+                lse=lse[row : row + 1] if lse is not None and self.causal else None,
                 first_query=length - observed if self.causal else length,  # from beyond the prompt all keys are seen
                 num_scored=length,
                 window_reduce="mean",

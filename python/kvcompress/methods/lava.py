@@ -100,6 +100,7 @@ class BoundOfOutput:
     kernel_size: int
     by_position = False
     is_mass = True
+    wants_lse = True
 
     def __post_init__(self) -> None:
         self._attention()

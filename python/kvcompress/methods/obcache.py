@@ -38,8 +38,9 @@ class OutputPerturbation:
     - joint: both, and the cross term ``sum over q of 2 A^2 s <v_j, v_j - O_q>``.
 
     The query heads of a kv head are summed, as the change of the output is. The sums over the queries are `column_sums`, in
-    float32: one pass over K and V for the joint form with its defaults, one a term for the others. O is made once more from the
-    prompt, see `score.attention_output`. Nothing of the size of the map is held.
+    float32: one pass over K and V for the joint form with its defaults, one a term for the others. O is what the layer's own
+    attention gave the queries; where the model loop does not have it any more, it is made again (`score.attention_output`).
+    Nothing of the size of the map is held.
 
     Attributes:
         kind: "value", "key" or "joint".
@@ -63,6 +64,7 @@ class OutputPerturbation:
     kernel_size: int = 7
     group_reduce: Literal["sum", "none"] = "sum"
     by_position = False
+    wants_lse = True
 
     def __post_init__(self) -> None:
         known = {
@@ -80,6 +82,10 @@ class OutputPerturbation:
             raise ValueError(f"OutputPerturbation: kernel_size must be odd and positive, got {self.kernel_size}")
 
     @property
+    def wants_output(self) -> bool:
+        return self.kind != "value"
+
+    @property
     def is_mass(self) -> bool:
         return self.p == 2  # norms, not signed sums
 
@@ -95,9 +101,11 @@ class OutputPerturbation:
     def _change(self, layer: LayerState) -> Tensor:
         """The score before its pool, ``[batch, heads, seq_len]``; anything in the padding."""
         queries = layer.window(self.queries)
-        lse, output = None if layer.lse is None else layer.lse[:, :, -queries.shape[2] :], None
-        if self.kind != "value":
-            output, lse = score.attention_output(layer, queries)
+        lse, output = layer.window_lse(self.queries), None
+        if self.wants_output:
+            output = layer.window_output(self.queries)
+            if output is None:
+                output, lse = score.attention_output(layer, queries)
 
         def columns(statistic: Statistic) -> Tensor:
             return column_sums(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcompress.attend import attend
+from kvcompress.attend import attend, attend_with_lse
 from kvcompress.budget import cosine_importance
 from kvcompress.cache import DenseStore, Store, load_store
 from kvcompress.layer import LayerState
@@ -24,7 +24,7 @@ class CompressedLayer(CacheLayerMixin):
     """The store of one layer and the state of its prompt.
 
     As long as the prompt may go on and nothing of it is dropped, what a later cut looks at is kept beside the store: the
-    last queries and the residual cosines. `CompressedCache` says when the prompt is over.
+    last queries, what attention gave them, and the residual cosines. `CompressedCache` says when the prompt is over.
 
     Attributes:
         index: which of the compressed layers, from 0.
@@ -62,6 +62,7 @@ class CompressedLayer(CacheLayerMixin):
         self.softmax_scale = 1.0
         self._inv_freq: Tensor | None = None
         self._queries: Tensor | None = None
+        self._output: Tensor | None = None  # what attention gave these queries, where a stage looks at it
         self._cosines: list[tuple[Tensor, list[int]]] = []  # mean [B] and tokens of each forward
         self._draft_cosines: tuple[Tensor, list[int]] | None = (
             None  # [B, tokens], real: of a forward that may be cropped
@@ -148,21 +149,22 @@ class CompressedLayer(CacheLayerMixin):
         self.softmax_scale, self._inv_freq, self.is_cut = scale, inv_freq, False
         if self.store is None:
             lengths = real or [key.shape[2]] * key.shape[0]
-            out = attended
+            out, lse, output = attended, None, None  # what was read before kept neither
             if out is None:
-                out = attend(query, key, value, softmax_scale=scale, starts=[key.shape[2] - n for n in lengths])
+                out, lse = self._attend_prompt(query, key, value, [key.shape[2] - n for n in lengths], cut)
+                output = out.detach()
             self._advance(key.shape[2], real)
             if cut:  # straight from the fresh K and V: the full ones are never copied
-                self._cut(key.detach(), value.detach(), query.detach(), lengths)
+                self._cut(key.detach(), value.detach(), query.detach(), lengths, lse=lse, output=output)
             else:
                 self.store = DenseStore.from_prefill(key.detach(), value.detach(), lengths, reserve=self.reserve)
             if self.is_complete:
-                self._keep_queries(query.detach(), real)
+                self._keep_queries(query.detach(), output, real)
         else:
             self.store.append(key.detach(), value.detach(), real)
             out = self._attend(query)
             self._advance(key.shape[2], real)
-            self._keep_queries(query.detach(), real)
+            self._keep_queries(query.detach(), out.detach(), real)
             if cut:
                 self._cut_stored()
         return out
@@ -184,6 +186,14 @@ class CompressedLayer(CacheLayerMixin):
             self.pipeline.evict(self.store)
         self._advance(key.shape[2], real)
         return out
+
+    def _attend_prompt(
+        self, query: Tensor, key: Tensor, value: Tensor, starts: list[int], cut: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of a whole prompt, with its log-sum-exp if the cut behind it looks at that."""
+        if cut and self.pipeline is not None and self.pipeline.wants_lse:
+            return attend_with_lse(query, key, value, softmax_scale=self.softmax_scale, starts=starts)
+        return attend(query, key, value, softmax_scale=self.softmax_scale, starts=starts), None
 
     def _attend(self, query: Tensor) -> Tensor:
         assert self.store is not None
@@ -222,22 +232,17 @@ class CompressedLayer(CacheLayerMixin):
 
     # --- the end of the prompt
 
-    def _keep_queries(self, query: Tensor, real: list[int] | None) -> None:
-        """Rolls the last real queries of each row into a buffer of their own (a slice would keep all queries alive)."""
+    def _keep_queries(self, query: Tensor, output: Tensor | None, real: list[int] | None) -> None:
+        """Keeps the last real queries of each row for a later cut, and what attention gave them if that is looked at."""
         if self.pipeline is None or self.pipeline.queries == 0:
             return
         keep = self.pipeline.queries + (_MAX_DRAFTS if self.record_past else 0)
-        old = self._queries
-        if old is None:
-            self._queries = query[:, :, -keep:].clone()
-        elif real is None:
-            self._queries = torch.cat([old, query], 2)[:, :, -keep:].clone()
+        starts_anew = self._queries is None
+        self._queries = _rolled(self._queries, query, keep, real)
+        if output is None or not self.pipeline.wants_output or (self._output is None and not starts_anew):
+            self._output = None
         else:
-            width = min(keep, old.shape[2] + query.shape[2])
-            self._queries = query.new_zeros((*query.shape[:2], width, query.shape[3]))
-            for row, n in enumerate(real):
-                last = torch.cat([old[row], query[row, :, query.shape[2] - n :]], 1)[:, -width:]
-                self._queries[row, :, width - last.shape[1] :] = last
+            self._output = _rolled(self._output, output, keep, real)
 
     def finish_prompt(self) -> None:
         """No later forward belongs to the prompt: makes the cut if it is still to come."""
@@ -245,37 +250,61 @@ class CompressedLayer(CacheLayerMixin):
             self._cut_stored()
             self._report()
         self.prompt_over, self.record_past = True, False
-        self._queries, self._cosines, self._draft_cosines = None, [], None
+        self._queries, self._output, self._cosines, self._draft_cosines = None, None, [], None
         self.lookahead = None, []
 
     def _cut_stored(self) -> None:
         store = self.store
         assert store is not None
-        self._cut(*store.prompt(), self._queries, store.seen, store)
+        self._cut(*store.prompt(), self._queries, store.seen, store, output=self._output)
 
     def _cut(
-        self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int], store: Store | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None,
+        lengths: list[int],
+        store: Store | None = None,
+        *,
+        lse: Tensor | None = None,
+        output: Tensor | None = None,
     ) -> None:
         assert self.pipeline is not None
-        self.store = self.pipeline.compress(self._state(keys, values, queries, lengths), store)
+        state = self._state(keys, values, queries, lengths, lse=lse, output=output)
+        self.store = self.pipeline.compress(state, store)
         self.is_cut, self.cut_from, self._since_cut = True, list(lengths), 0
 
-    def _state(self, keys: Tensor, values: Tensor, queries: Tensor | None, lengths: list[int]) -> LayerState:
-        """The prompt so far as the stages see it."""
+    def _state(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None,
+        lengths: list[int],
+        *,
+        lse: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> LayerState:
+        """The prompt so far as the stages see it; `lse` and `output` go with the queries."""
         assert self.pipeline is not None
         start = None
         if min(lengths, default=0) < keys.shape[2]:
             start = torch.tensor([keys.shape[2] - n for n in lengths], dtype=torch.int32, device=keys.device)
         wanted = self.pipeline.queries
+
+        def last(t: Tensor | None) -> Tensor | None:
+            return None if t is None or wanted == 0 else t[:, :, -wanted:]
+
         return LayerState(
             index=self.index,
             num_layers=self.num_layers,
-            queries=None if queries is None or wanted == 0 else queries[:, :, -wanted:],
+            queries=last(queries),
             keys=keys,
             values=values,
             lengths=list(lengths),
             softmax_scale=self.softmax_scale,
             seq_start=start,
+            lse=last(lse),
+            output=last(output),
             inv_freq=self._inv_freq,
             lookahead=self.lookahead[0],
             lookahead_lengths=self.lookahead[1],
@@ -285,7 +314,7 @@ class CompressedLayer(CacheLayerMixin):
         """Goes on behind the prompt of `whole`, which stays as it is, over what `pipeline` keeps of it."""
         store = whole.store
         assert store is not None
-        state = whole._state(*store.prompt(), whole._queries, store.seen)
+        state = whole._state(*store.prompt(), whole._queries, store.seen, output=whole._output)
         self.pipeline = pipeline
         self.store = pipeline.compress(state)
         self.columns, self.softmax_scale, self._inv_freq = whole.columns, whole.softmax_scale, whole._inv_freq
@@ -374,6 +403,7 @@ class CompressedLayer(CacheLayerMixin):
                     f"follow activate_past_recording(), got {-tokens}"
                 )
             self._queries = self._queries[:, :, :left]
+            self._output = None if self._output is None else self._output[:, :, :left]
         if self._draft_cosines is not None:
             cosines, real = self._draft_cosines
             self._draft_cosines = (cosines[:, : cosines.shape[1] - tokens], [max(0, n - tokens) for n in real])
@@ -387,6 +417,8 @@ class CompressedLayer(CacheLayerMixin):
         self.store.select_rows(rows, picked)
         if self._queries is not None:
             self._queries = self._queries.index_select(0, rows.to(self._queries.device))
+        if self._output is not None:
+            self._output = self._output.index_select(0, rows.to(self._output.device))
         self._fold_drafts()
         self._cosines = [(t.index_select(0, rows.to(t.device)), [n[i] for i in picked]) for t, n in self._cosines]
         self.cut_from = None if self.cut_from is None else [self.cut_from[i] for i in picked]
@@ -422,8 +454,8 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes that this layer holds, room and waiting queries included."""
-        queries = 0 if self._queries is None else self._queries.untyped_storage().nbytes()
-        return queries + (0 if self.store is None else self.store.nbytes)
+        waiting = sum(t.untyped_storage().nbytes() for t in (self._queries, self._output) if t is not None)
+        return waiting + (0 if self.store is None else self.store.nbytes)
 
     # --- saving
 
@@ -433,6 +465,8 @@ class CompressedLayer(CacheLayerMixin):
         state = {} if self.store is None else {f"store.{k}": t for k, t in self.store.state_dict().items()}
         if self._queries is not None:
             state["queries"] = self._queries
+        if self._output is not None:
+            state["output"] = self._output
         for i, (mean, tokens) in enumerate(self._cosines):
             state[f"cosines.{i}"], state[f"cosine_tokens.{i}"] = mean, torch.tensor(tokens)
         at_work = self.pipeline is not None and (
@@ -449,10 +483,24 @@ class CompressedLayer(CacheLayerMixin):
         prefix = "store."
         stored = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
         self.store = load_store(numbers.get("store", "dense"), stored, reserve=self.reserve) if stored else None
-        self._queries = state.get("queries")
+        self._queries, self._output = state.get("queries"), state.get("output")
         for i in range(sum(name.startswith("cosines.") for name in state)):
             self._cosines.append((state[f"cosines.{i}"], state[f"cosine_tokens.{i}"].tolist()))
         for name, number in numbers.items():
             if name not in ("kind", "store", "needs_method"):
                 setattr(self, name, number)
 
+
+
+def _rolled(old: Tensor | None, new: Tensor, keep: int, real: list[int] | None) -> Tensor:
+    """The last `keep` real rows ``[batch, heads, n, head_dim]`` in a buffer of their own (a slice would keep all alive)."""
+    if old is None:
+        return new[:, :, -keep:].clone()
+    if real is None:
+        return torch.cat([old, new], 2)[:, :, -keep:].clone()
+    width = min(keep, old.shape[2] + new.shape[2])
+    rolled = new.new_zeros((*new.shape[:2], width, new.shape[3]))
+    for row, n in enumerate(real):
+        last = torch.cat([old[row], new[row, :, new.shape[2] - n :]], 1)[:, -width:]
+        rolled[row, :, width - last.shape[1] :] = last
+    return rolled
