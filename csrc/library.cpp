@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("head_counts(Tensor scores, Tensor totals, Tensor? floors, Tensor? caps, Tensor? seq_start, Tensor? seq_end) -> Tensor");
   // store
   library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
+  library.def("compact_ragged_(Tensor(a!)[] tensors, Tensor index, Tensor indptr, Tensor row_start) -> ()");
   library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");
   library.def("gather_ragged(Tensor[] tensors, Tensor index, Tensor row_start, SymInt total) -> Tensor[]");
   library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");

@@ -51,6 +51,9 @@ void check_index_values(const char* op, const char* argument, const Tensor& t,
       .ascending = rule.ascending,
       .distinct = rule.distinct,
       .sorted = rule.sorted,
+      .indptr = rule.indptr == nullptr ? nullptr
+                                       : static_cast<const int32_t*>(rule.indptr->const_data_ptr()),
+      .parts = rule.indptr == nullptr ? 0 : rule.indptr->numel() - 1,
       .scratch = static_cast<IndexOffence*>(scratch.mutable_data_ptr()),
       .found = &found,
   };

@@ -15,6 +15,7 @@ struct IndexRule {
   bool ascending = false;
   bool distinct = false;
   bool sorted = false;
+  const Tensor* indptr = nullptr;  // of a packed index: its parts ascend each for itself
 };
 
 // Fails with "op: argument must be <must>, got <value> at [b, h, i]" for the first entry of an

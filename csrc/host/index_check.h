@@ -18,9 +18,19 @@ struct IndexCheckParams {
   bool ascending;                     // each row strictly ascends, then holds -1 alone
   bool distinct;                      // no row holds an entry twice, but for -1
   bool sorted;                        // no entry is below the one before it
-  IndexOffence* scratch;              // on the device of `data`; the CPU twin uses none
-  IndexOffence* found;                // on the host
+  const int32_t* indptr;  // [parts + 1]: where the parts of a packed index begin, each a row of its
+  int64_t parts;          // own to `ascending`; null: it is not packed
+  IndexOffence* scratch;  // on the device of `data`; the CPU twin uses none
+  IndexOffence* found;    // on the host
 };
+
+// Whether entry i has no entry before it.
+constexpr bool is_first(const IndexCheckParams& p, int64_t i) {
+  for (int64_t part = 0; part < p.parts; ++part) {
+    if (p.indptr[part] == i) return true;
+  }
+  return i == 0;
+}
 
 // Whether entry i of a row is wrong.
 constexpr bool is_offence(const IndexCheckParams& p, const int32_t* row, int64_t i) {
@@ -28,7 +38,7 @@ constexpr bool is_offence(const IndexCheckParams& p, const int32_t* row, int64_t
   if (value < p.low || value >= p.high) return true;
   if (p.sorted && i > 0 && row[i - 1] > value) return true;
   if (value < 0) return false;
-  if (p.ascending && i > 0 && (row[i - 1] < 0 || row[i - 1] >= value)) return true;
+  if (p.ascending && !is_first(p, i) && (row[i - 1] < 0 || row[i - 1] >= value)) return true;
   if (p.distinct) {
     for (int64_t j = 0; j < i; ++j) {
       if (row[j] == value) return true;

@@ -21,8 +21,9 @@ void append(const std::vector<Tensor>& buffers, const std::vector<Tensor>& rows,
   check_rank(kOp, "slots", slots, 2, "[batch, n]");
   check_dtype(kOp, "slots", slots, ScalarType::Int);
   check_last_contiguous(kOp, "slots", slots);
-  check_row_list(kOp, "buffers", buffers, "capacity", slots, "slots", /*is_written=*/true);
-  check_row_list(kOp, "rows", rows, "n", slots, "slots", /*is_written=*/false);
+  check_row_list(kOp, "buffers", buffers, {"batch, heads, capacity"}, slots, "slots",
+                 /*is_written=*/true);
+  check_row_list(kOp, "rows", rows, {"batch, heads, n"}, slots, "slots", /*is_written=*/false);
   require(rows.size() == buffers.size(), kOp, "rows",
           "as many tensors as buffers (" + std::to_string(buffers.size()) + ")",
           std::to_string(rows.size()));

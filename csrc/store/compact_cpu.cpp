@@ -14,8 +14,8 @@ constexpr int64_t kAhead = 8;
 // Moves the rows of one (tensor, batch row, head) in ascending order: every source lies at or
 // behind its destination, so nothing is overwritten before it was read. Runs of neighbours move in
 // one piece.
-void compact_rows(char* base, int64_t stride, int64_t bytes, const int32_t* index, int64_t k,
-                  int64_t seq_len) {
+void compact_rows(const CompactHead& head, int64_t stride, int64_t bytes) {
+  const auto& [base, index, k, seq_len] = head;
   for (int64_t i = 0, run = 1; i < k; i += run) {
     const int64_t source = index[i];
     run = 1;
@@ -39,10 +39,8 @@ void compact_cpu(const CompactParams& p) {
   parallel_for(0, p.num_tensors * rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Rows& tensor = p.tensors[item / rows];
-      const int64_t b = item % rows / p.heads, h = item % p.heads;
-      const int32_t* index = p.index + b * p.index_batch_stride + h * p.index_head_stride;
-      compact_rows(row_address(tensor, b, h, 0), tensor.row_stride, tensor.bytes, index, p.k,
-                   p.seq_len);
+      compact_rows(compact_head(p, tensor, static_cast<uint32_t>(item % rows)), tensor.row_stride,
+                   tensor.bytes);
     }
   });
 }

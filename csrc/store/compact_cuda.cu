@@ -53,13 +53,9 @@ struct Plan {
   int blocks = 1;  // a unit
 };
 
-// What a unit works on.
-struct Piece {
-  char* base;            // row 0 of its (batch row, head), at its first column
-  const int32_t* index;  // of its (batch row, head)
+// What a unit works on: a head, `base` at the unit's first column.
+struct Piece : CompactHead {
   int64_t stride;
-  uint32_t k;
-  int32_t seq_len;
   uint32_t words;  // a row
 
   template <typename Word>
@@ -85,7 +81,7 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
       const uint32_t slot = first + slots[j];
-      sources[j] = slot < piece.k ? __ldg(piece.index + slot) : -1;
+      sources[j] = slot < static_cast<uint32_t>(piece.k) ? __ldg(piece.index + slot) : -1;
     }
   };
   uint32_t moving = 0;  // kWords bits a round, the newest lowest: words that move
@@ -111,12 +107,13 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
   // r + 2 is asked for. The reads in front of a barrier have ended, so that no write can reach
   // them: it need not order memory, and no block waits for its own writes.
   uint32_t stage = 0;
-  for (uint32_t first = 0; first < piece.k + step; first += step) {
+  const auto k = static_cast<uint32_t>(piece.k);
+  for (uint32_t first = 0; first < k + step; first += step) {
     copy_async_wait<kStages - 2>();
     const uint32_t last_stage = stage == 0 ? kStages - 1 : stage - 1;
     if (first > 0) {
       cluster_wait<kBlocks>();  // all blocks have read round r - 1
-      if (first < piece.k) cluster_arrive_relaxed<kBlocks>();
+      if (first < k) cluster_arrive_relaxed<kBlocks>();
       const Word* from = staged + last_stage * (kThreads * kWords) + threadIdx.x;
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
@@ -143,21 +140,14 @@ __global__ void __launch_bounds__(kThreads)
   while (tensor + 1 < p.num_tensors && unit >= plan.shares[tensor + 1].first_unit) ++tensor;
   const Share& share = plan.shares[tensor];
   const Rows& rows = p.tensors[tensor];
-  const uint32_t own = unit - share.first_unit, bh = own / share.slices;
-  const auto heads = static_cast<uint32_t>(p.heads);
-  const uint32_t b = bh / heads, h = bh % heads;
+  const uint32_t own = unit - share.first_unit, head = own / share.slices;
   const int32_t column = static_cast<int32_t>(own % share.slices) * share.slice_bytes;
   const int32_t bytes = min(share.slice_bytes, static_cast<int32_t>(rows.bytes) - column);
-  const Piece piece{
-      .base = row_address(rows, b, h, 0) + column,
-      .index = p.index + b * p.index_batch_stride + h * p.index_head_stride,
-      .stride = rows.row_stride,
-      .k = static_cast<uint32_t>(p.k),
-      .seq_len = static_cast<int32_t>(p.seq_len),
-      .words = static_cast<uint32_t>(bytes) / static_cast<uint32_t>(share.width),
-  };
+  const uint32_t words = static_cast<uint32_t>(bytes) / static_cast<uint32_t>(share.width);
   launch_wait();
   launch_dependents();
+  Piece piece{compact_head(p, rows, head), rows.row_stride, words};
+  piece.base += column;
   visit_word(share.width, [&](auto word) {
     compact_piece<kBlocks>(piece, block, reinterpret_cast<decltype(word)*>(staged));
   });
@@ -174,7 +164,8 @@ Plan make_plan(const CompactParams& p, const DeviceLimits& limits, int most_bloc
     for (int i = 0; i < p.num_tensors; ++i) sum += (p.tensors[i].bytes + slice - 1) / slice;
     return sum * p.batch * p.heads;
   };
-  if (p.k <= kFewRows && units(most) < limits.multiprocessors / 2) most_blocks = 1;
+  const int64_t k = p.row_start == nullptr ? p.k : p.k / (p.batch * p.heads);  // of a mean head
+  if (k <= kFewRows && units(most) < limits.multiprocessors / 2) most_blocks = 1;
   while (plan.blocks < most_blocks && units(most) * plan.blocks * 2 <= wanted) plan.blocks *= 2;
   while (most > kLeastSlice && units(most / 2) * plan.blocks <= wanted) most /= 2;
   for (int i = 0; i < p.num_tensors; ++i) {

@@ -71,8 +71,10 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
   const int64_t batch = positions.size(0), units = positions.size(1), capacity = positions.size(2);
   require(!((batch > 1 && positions.stride(0) == 0) || (units > 1 && positions.stride(1) == 0)),
           kOp, "positions", "free of overlaps", "a stride of 0");
-  check_row_list(kOp, "buffers", buffers, "capacity", positions, "positions", /*is_written=*/true);
-  check_row_list(kOp, "rows", rows, "n", positions, "positions", /*is_written=*/false);
+  check_row_list(kOp, "buffers", buffers, {"batch, heads, capacity"}, positions, "positions",
+                 /*is_written=*/true);
+  check_row_list(kOp, "rows", rows, {"batch, heads, n"}, positions, "positions",
+                 /*is_written=*/false);
   require(rows.size() == buffers.size(), kOp, "rows",
           "as many tensors as buffers (" + std::to_string(buffers.size()) + ")",
           std::to_string(rows.size()));

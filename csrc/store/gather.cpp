@@ -12,7 +12,8 @@ namespace {
 // What both ops check and fill in: everything but where the kept rows go.
 GatherParams checked(const char* op, const std::vector<Tensor>& tensors, const Tensor& index) {
   check_index(op, index);
-  check_row_list(op, "tensors", tensors, "seq_len", index, "index", /*is_written=*/false);
+  check_row_list(op, "tensors", tensors, {"batch, heads, seq_len"}, index, "index",
+                 /*is_written=*/false);
   const int64_t batch = index.size(0), heads = index.size(1);
   const int64_t seq_len = tensors[0].size(2);
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -42,14 +43,10 @@ void launch(const Tensor& index, const std::vector<Tensor>& tensors,
             const std::vector<Tensor>& outs, GatherParams params) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (outs[i].numel() == 0) continue;
-    const Rows source = rows_of(tensors[i], /*is_written=*/false);
-    params.sources[params.num_tensors] = source;
-    params.outs[params.num_tensors++] =
-        params.row_start == nullptr ? rows_of(outs[i], /*is_written=*/true)
-                                    : Rows{.data = static_cast<char*>(outs[i].mutable_data_ptr()),
-                                           .row_stride = source.bytes,
-                                           .bytes = source.bytes,
-                                           .heads = 1};
+    params.sources[params.num_tensors] = rows_of(tensors[i], /*is_written=*/false);
+    params.outs[params.num_tensors++] = params.row_start == nullptr
+                                            ? rows_of(outs[i], /*is_written=*/true)
+                                            : packed_rows_of(outs[i], /*is_written=*/true);
   }
   if (params.num_tensors > 0) KVC_LAUNCH(gather, index, params);
 }

@@ -3,16 +3,16 @@
 namespace kvc {
 
 void check_row_list(const char* op, const char* argument, const std::vector<Tensor>& tensors,
-                    const char* length, const Tensor& anchor, const char* anchor_name,
+                    RowLayout layout, const Tensor& anchor, const char* anchor_name,
                     bool is_written) {
   require(!tensors.empty() && tensors.size() <= kMaxTensors, op, argument,
           "1 to " + text(kMaxTensors) + " tensors", std::to_string(tensors.size()));
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     const int64_t dims = t.dim();
-    if (dims != 3 && dims != 4) {
-      const std::string layout = std::string("[batch, heads, ") + length;
-      fail(op, argument, layout + ", head_dim] or " + layout + "]",
+    if (dims != layout.dims && dims != layout.dims + 1) {
+      const std::string leading = std::string("[") + layout.names;
+      fail(op, argument, leading + ", head_dim] or " + leading + "]",
            text(dims) + "D " + shape_string(t) + at(i));
     }
     const int64_t bytes = static_cast<int64_t>(t.element_size());
@@ -41,19 +41,37 @@ void check_index(const char* op, const Tensor& index) {
   check_last_contiguous(op, "index", index);
 }
 
+namespace {
+
+char* data_of(const Tensor& t, bool is_written) {
+  return static_cast<char*>(is_written ? t.mutable_data_ptr()
+                                       : const_cast<void*>(t.const_data_ptr()));
+}
+
+}  // namespace
+
 Rows rows_of(const Tensor& t, bool is_written) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   const auto stride = [&](size_t dim) { return sizes[dim] > 1 ? strides[dim] * bytes : 0; };
   return {
-      .data = static_cast<char*>(is_written ? t.mutable_data_ptr()
-                                            : const_cast<void*>(t.const_data_ptr())),
+      .data = data_of(t, is_written),
       .batch_stride = stride(0),
       .head_stride = stride(1),
       .row_stride = stride(2),
       .bytes = sizes.size() == 4 ? sizes[3] * bytes : bytes,
       .heads = sizes[1],
+  };
+}
+
+Rows packed_rows_of(const Tensor& t, bool is_written) {
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  return {
+      .data = data_of(t, is_written),
+      .row_stride = t.size(0) > 1 ? t.stride(0) * bytes : 0,
+      .bytes = t.dim() == 2 ? t.size(1) * bytes : bytes,
+      .heads = 1,
   };
 }
 

@@ -1,5 +1,5 @@
 // The torch side of tensor lists whose rows an op moves: one set of checks and descriptors for
-// compact_, gather and append_.
+// all ops of this room.
 #pragma once
 
 #include <vector>
@@ -9,11 +9,18 @@
 
 namespace kvc {
 
-// 1 to kMaxTensors tensors [batch, heads, <length>, head_dim] or [batch, heads, <length>] on the
-// device of `anchor`, elements of 1, 2, 4 or 8 bytes, contiguous in the last dimension and, where
-// the op writes them, not overlapping themselves.
+// What stands in front of a row's own dimension: [batch, heads, seq_len], or [slots] of a packed
+// buffer.
+struct RowLayout {
+  const char* names;
+  int64_t dims = 3;
+};
+
+// 1 to kMaxTensors tensors [<layout>, head_dim] or [<layout>] on the device of `anchor`, elements
+// of 1, 2, 4 or 8 bytes, contiguous in the last dimension and, where the op writes them, not
+// overlapping themselves.
 void check_row_list(const char* op, const char* argument, const std::vector<Tensor>& tensors,
-                    const char* length, const Tensor& anchor, const char* anchor_name,
+                    RowLayout layout, const Tensor& anchor, const char* anchor_name,
                     bool is_written);
 
 // An index [batch, heads, k] int32.
@@ -21,6 +28,8 @@ void check_index(const char* op, const Tensor& index);
 
 // A copy-on-write tensor gets its own memory here if `is_written`, and keeps sharing it if not.
 Rows rows_of(const Tensor& t, bool is_written);
+// The same of a packed [slots, head_dim] or [slots].
+Rows packed_rows_of(const Tensor& t, bool is_written);
 
 // " at [2]": which tensor of a list an error speaks of.
 inline std::string at(size_t i) {

@@ -14,7 +14,7 @@ from kvcompress.evict import evict_append_, history_scores  # noqa: E402
 from kvcompress.observed import observed_decode_attention_, observed_ragged_decode_attention_  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import head_counts, topk, topk_ragged  # noqa: E402
-from kvcompress.store import append_, compact_, gather, gather_ragged  # noqa: E402
+from kvcompress.store import append_, compact_, compact_ragged_, gather, gather_ragged  # noqa: E402
 from kvcompress.terms import output_terms_  # noqa: E402
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "append_",
     "column_sums",
     "compact_",
+    "compact_ragged_",
     "cosine_importance",
     "decode_attention",
     "evict_append_",

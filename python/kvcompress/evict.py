@@ -195,8 +195,8 @@ def _(
     _check.dtype(op, "positions", positions, torch.int32)
     _check.last_contiguous(op, "positions", positions)
     _check.require(not _overlaps(positions, 2), op, "positions", "free of overlaps", "a stride of 0")
-    _check_row_list(op, "buffers", buffers, "capacity", positions, "positions", is_written=True)
-    _check_row_list(op, "rows", rows, "n", positions, "positions", is_written=False)
+    _check_row_list(op, "buffers", buffers, "batch, heads, capacity", positions, "positions", is_written=True)
+    _check_row_list(op, "rows", rows, "batch, heads, n", positions, "positions", is_written=False)
     _check.require(len(rows) == len(buffers), op, "rows", f"as many tensors as buffers ({len(buffers)})", len(rows))
     batch, units, capacity = positions.shape
     n = rows[0].shape[2]

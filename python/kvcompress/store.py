@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress import _check
 
-__all__ = ["append_", "compact_", "gather", "gather_ragged"]
+__all__ = ["append_", "compact_", "compact_ragged_", "gather", "gather_ragged"]
 
 _MAX_TENSORS = 8
 
@@ -39,6 +39,39 @@ def compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
         tensor([1., 3., 5.])
     """
     _check.call(torch.ops.kvcompress.compact_.default, tensors, index)
+
+
+def compact_ragged_(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor) -> None:
+    """Moves the kept rows of every head to the front of its own stretch of the packed buffers.
+
+    ``tensor[row_start[r] + i] = tensor[row_start[r] + index[indptr[r] + i]]`` for every ``i < indptr[r + 1] - indptr[r]`` with
+    an index of 0 or more, ``r = b * heads + h``. All other rows keep what they held: what a head drops becomes room behind
+    its entries. Stretches stay where they are. There is no second buffer.
+
+    Args:
+        tensors: one to eight of ``[slots, head_dim]`` or ``[slots]``, changed in place; any dtypes of 1, 2, 4 or 8 bytes,
+            contiguous in the last dimension. They must not share memory.
+        index: ``[total]`` int32, entries counted from their head's first slot, ascending within a head; -1 at the end of a
+            head's part is skipped. As `topk_ragged` gives it; a ``[batch, heads, k]`` index of `topk` is
+            ``index.flatten()`` with ``indptr = arange(batch * heads + 1) * k``.
+        indptr: ``[batch * heads + 1]`` int32, where the part of each head begins in `index`.
+        row_start: ``[batch * heads]`` int64, the first slot of each head; stretches must not overlap nor leave the buffer.
+
+    Raises:
+        ValueError, TypeError: ``compact_ragged_: argument must be ..., got ...``. Values of `index` and `indptr` are checked
+            under `set_debug` only, those of `row_start` are the caller's contract; entries below 0 or behind the buffer
+            are skipped.
+
+    Scratch: none.
+
+    Example:
+        >>> keys = torch.arange(8.0).view(8, 1)
+        >>> index, indptr = torch.tensor([1, 3, 2], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
+        >>> kvcompress.compact_ragged_([keys], index, indptr, torch.tensor([0, 5]))
+        >>> keys[:, 0]
+        tensor([1., 3., 2., 3., 4., 7., 6., 7.])
+    """
+    _check.call(torch.ops.kvcompress.compact_ragged_.default, tensors, index, indptr, row_start)
 
 
 def gather(tensors: Sequence[Tensor], index: Tensor, *, capacity: int | None = None) -> list[Tensor]:
@@ -134,13 +167,20 @@ def append_(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) ->
 
 
 def _check_row_list(
-    op: str, argument: str, tensors: Sequence[Tensor], length: str, anchor: Tensor, anchor_name: str, is_written: bool
+    op: str,
+    argument: str,
+    tensors: Sequence[Tensor],
+    leading: str,
+    anchor: Tensor,
+    anchor_name: str,
+    is_written: bool,
+    dims: int = 3,
 ) -> None:
     _check.require(1 <= len(tensors) <= _MAX_TENSORS, op, argument, f"1 to {_MAX_TENSORS} tensors", len(tensors))
     for i, t in enumerate(tensors):
         at = f" at [{i}]"
-        layout = f"[batch, heads, {length}, head_dim] or [batch, heads, {length}]"
-        _check.require(t.dim() in (3, 4), op, argument, layout, f"{t.dim()}D {_check.shape_string(t)}{at}")
+        layout = f"[{leading}, head_dim] or [{leading}]"
+        _check.require(t.dim() in (dims, dims + 1), op, argument, layout, f"{t.dim()}D {_check.shape_string(t)}{at}")
         size = t.element_size()
         _check.require(size <= 8, op, argument, "of elements of 1, 2, 4 or 8 bytes", f"{size}{at}")
         must = f"on the device of {anchor_name} ({anchor.device})"
@@ -165,7 +205,7 @@ def _check_index(op: str, index: Tensor) -> None:
 def _(tensors: Sequence[Tensor], index: Tensor) -> None:
     op = "compact_"
     _check_index(op, index)
-    _check_row_list(op, "tensors", tensors, "seq_len", index, "index", is_written=True)
+    _check_row_list(op, "tensors", tensors, "batch, heads, seq_len", index, "index", is_written=True)
     first = tensors[0]
     batch, heads, seq_len = first.shape[:3]
     for i, t in enumerate(tensors):
@@ -177,9 +217,33 @@ def _(tensors: Sequence[Tensor], index: Tensor) -> None:
     _check.require(index.shape[2] <= seq_len, op, "index", must, index.shape[2])
 
 
+@torch.library.register_fake("kvcompress::compact_ragged_")
+def _(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor) -> None:
+    op = "compact_ragged_"
+    _check.rank(op, "index", index, 1, "[total]")
+    _check.dtype(op, "index", index, torch.int32)
+    _check.last_contiguous(op, "index", index)
+    _check_row_list(op, "tensors", tensors, "slots", index, "index", is_written=True, dims=1)
+    slots = tensors[0].shape[0]
+    for i, t in enumerate(tensors):
+        must = f"of the slots of tensors[0] ({slots})"
+        _check.require(t.shape[0] == slots, op, "tensors", must, f"{_check.shape_string(t)} at [{i}]")
+    _check.rank(op, "row_start", row_start, 1, "[batch * heads]")
+    _check.dtype(op, "row_start", row_start, torch.int64)
+    _check.same_device(op, "row_start", row_start, index, "index")
+    _check.last_contiguous(op, "row_start", row_start)
+    heads = row_start.shape[0]
+    ok = indptr.dim() == 1 and indptr.shape[0] == heads + 1
+    got = f"{indptr.dim()}D {_check.shape_string(indptr)}"
+    _check.require(ok, op, "indptr", f"[batch * heads + 1] ({heads + 1})", got)
+    _check.dtype(op, "indptr", indptr, torch.int32)
+    _check.same_device(op, "indptr", indptr, index, "index")
+    _check.last_contiguous(op, "indptr", indptr)
+
+
 def _check_gather(op: str, tensors: Sequence[Tensor], index: Tensor) -> None:
     _check_index(op, index)
-    _check_row_list(op, "tensors", tensors, "seq_len", index, "index", is_written=False)
+    _check_row_list(op, "tensors", tensors, "batch, heads, seq_len", index, "index", is_written=False)
     batch, heads, _ = index.shape
     seq_len = tensors[0].shape[2]
     for i, t in enumerate(tensors):
@@ -220,8 +284,8 @@ def _(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) -> None:
     _check.rank(op, "slots", slots, 2, "[batch, n]")
     _check.dtype(op, "slots", slots, torch.int32)
     _check.last_contiguous(op, "slots", slots)
-    _check_row_list(op, "buffers", buffers, "capacity", slots, "slots", is_written=True)
-    _check_row_list(op, "rows", rows, "n", slots, "slots", is_written=False)
+    _check_row_list(op, "buffers", buffers, "batch, heads, capacity", slots, "slots", is_written=True)
+    _check_row_list(op, "rows", rows, "batch, heads, n", slots, "slots", is_written=False)
     _check.require(len(rows) == len(buffers), op, "rows", f"as many tensors as buffers ({len(buffers)})", len(rows))
     batch, n = slots.shape
     capacity = buffers[0].shape[2]

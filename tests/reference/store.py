@@ -23,6 +23,17 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     return out
 
 
+def compact_ragged(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor) -> list[Tensor]:
+    """What kvcompress.compact_ragged_ leaves in each tensor."""
+    out, entries, first = [t.clone() for t in tensors], index.tolist(), indptr.tolist()
+    for head, start in enumerate(row_start.tolist()):
+        for i, entry in enumerate(entries[first[head] : first[head + 1]]):
+            if entry >= 0:
+                for old, new in zip(tensors, out):
+                    new[start + i] = old[start + entry]
+    return out
+
+
 def gather(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
     """As kvcompress.gather."""
     batch, heads, _ = index.shape

@@ -1,4 +1,6 @@
-"""compact_ under stress on a GPU: ten thousand random rows, clusters and single blocks, several streams at once."""
+"""compact_ and compact_ragged_ under stress on a GPU: ten thousand random rows of each, clusters and single blocks,
+several streams at once.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,21 @@ def expected(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def run_at_once(jobs) -> None:
+    """Jobs of (tensors, arguments behind them, expected), each on a stream of its own."""
+    torch.cuda.synchronize()
+    for stream, (op, tensors, args, _) in zip([torch.cuda.Stream() for _ in jobs], jobs):
+        with torch.cuda.stream(stream):
+            op(tensors, *args)
+    torch.cuda.synchronize()
+    for _, tensors, _, wanted in jobs:
+        for t, e in zip(tensors, wanted):
+            assert torch.equal(t, e)
+
+
 @pytest.mark.parametrize(("batch", "heads", "longest", "rounds"), SHAPES)
 def test_stress(batch, heads, longest, rounds):
     dims = [1, 3, 8, 20, 33, 64, 96, 128]
-    streams = [torch.cuda.Stream() for _ in range(STREAMS)]
     for number in range(rounds):
         jobs = []
         for lane in range(STREAMS):
@@ -58,17 +71,48 @@ def test_stress(batch, heads, longest, rounds):
                 torch.randint(0, 100, (*shape, dims[(number + lane) % 5]), device="cuda", dtype=torch.uint8),
                 torch.arange(seq_len, device="cuda", dtype=torch.int32).expand(shape).contiguous(),
             ]
-            jobs.append((tensors, index, [expected(t, index) for t in tensors]))
-        torch.cuda.synchronize()
-        for stream, (tensors, index, _) in zip(streams, jobs):
-            with torch.cuda.stream(stream):
-                kvcompress.compact_(tensors, index)
-        torch.cuda.synchronize()
-        for tensors, _, wanted in jobs:
+            jobs.append((kvcompress.compact_, tensors, (index,), [expected(t, index) for t in tensors]))
+        run_at_once(jobs)
+
+
+# (heads, longest head, rounds of calls)
+RAGGED = [(500, 700, 4), (100, 5000, 4), (16, 20_000, 10), (3, 60_000, 10)]
+
+
+@pytest.mark.parametrize(("heads", "longest", "rounds"), RAGGED)
+def test_ragged_stress(heads, longest, rounds):
+    """Heads of very different lengths with room behind each."""
+    dims = [1, 3, 8, 20, 33, 64, 96, 128]
+    for number in range(rounds):
+        jobs = []
+        for lane in range(STREAMS):
+            torch.manual_seed(2000 * number + lane)
+            lengths = (torch.rand(heads) ** 4 * longest).long()  # most are short
+            lengths[int(torch.randint(0, heads, ()))] = longest
+            stretch = lengths + int(torch.randint(0, 200, ()))
+            row_start, slots = stretch.cumsum(0) - stretch, int(stretch.sum())
+            kept = random_index(1, heads, longest, longest, (number + lane) % 3)[0].cpu()
+            keep = (lengths * (0.25 if lane % 2 == 0 else float(torch.rand(())))).long()
+            parts = [row[(row >= 0) & (row < n)][:m] for row, n, m in zip(kept, lengths, keep)]
+            indptr = torch.tensor([0, *map(len, parts)]).cumsum(0)
+            index = torch.cat(parts)
+            head = torch.repeat_interleave(torch.arange(heads), indptr.diff())
+            to = row_start[head] + torch.arange(len(index)) - indptr[head]
+            source = row_start[head] + index
+            tensors = [
+                torch.randn(slots, dims[(number + 3 * lane) % len(dims)], device="cuda").bfloat16(),
+                torch.randint(0, 100, (slots, dims[(number + lane) % 5]), device="cuda", dtype=torch.uint8),
+                torch.arange(slots, device="cuda", dtype=torch.int32),
+            ]
+            wanted = [t.clone() for t in tensors]
             for t, e in zip(tensors, wanted):
-                assert torch.equal(t, e)
+                e[to.cuda()] = t[source.cuda()]
+            args = (index.cuda(), indptr.int().cuda(), row_start.cuda())
+            jobs.append((kvcompress.compact_ragged_, tensors, args, wanted))
+        run_at_once(jobs)
 
 
 def test_ten_thousand_rows():
     """What the shapes above add up to: each (batch row, head) is a case of its own."""
     assert sum(batch * heads * rounds * STREAMS for batch, heads, _, rounds in SHAPES) >= 10_000
+    assert sum(heads * rounds * STREAMS for heads, _, rounds in RAGGED) >= 10_000
