@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("compact_(Tensor(a!)[] tensors, Tensor index) -> ()");
   library.def("compact_ragged_(Tensor(a!)[] tensors, Tensor index, Tensor indptr, Tensor row_start) -> ()");
   library.def("gather(Tensor[] tensors, Tensor index, SymInt capacity) -> Tensor[]");
-  library.def("gather_ragged(Tensor[] tensors, Tensor index, Tensor row_start, SymInt total) -> Tensor[]");
+  library.def("gather_ragged(Tensor[] tensors, Tensor index, Tensor indptr, Tensor row_start, SymInt total) -> Tensor[]");
   library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");
   library.def("evict_append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor(b!) positions, Tensor(c!) lengths, Tensor(d!) seen, Tensor(e!)? scores, Tensor(f!)? history, Tensor? limits, SymInt sink, SymInt window, float fresh) -> Tensor");
   // attend

@@ -337,6 +337,10 @@ class Budget(ABC):
         A list a row gives each head its own; only for a budget that is final at once and counts across heads.
         """
 
+    def keeps_all(self, length: int) -> bool:
+        """Whether every layer ends up with a whole row of `length` tokens; else some layer drops some (deferred budgets only)."""
+        raise NotImplementedError(f"{type(self).__name__} is final at once")
+
     def measure(self, layer: LayerState, scores: Scores) -> Tensor:
         """What a layer shows of its needs, ``[batch, ...]`` on the device (deferred budgets only)."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing")
@@ -411,6 +415,9 @@ class Squeeze(Budget):
         share = (layers - (layers - important) * self.p) / important
         means = [max(self._keep(n) * n, entries(self.budget, n)) if n else 0 for n in layer.lengths]
         return [min(n, int(share * mean) + 1) for n, mean in zip(layer.lengths, means)]
+
+    def keeps_all(self, length: int) -> bool:
+        return entries(self.budget, length) >= length
 
     def settle(
         self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
@@ -557,15 +564,20 @@ class ZigZag(Budget):
         attention = ReceivedAttention(queries=self.window, group_reduce="none")(layer)
         return mass_count(attention, self.tau).double().mean(-1)
 
+    def keeps_all(self, length: int) -> bool:
+        return entries(self.budget, length) >= length
+
     def settle(
         self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
     ) -> list[list[int]]:
         columns, layers = [], layers or len(measured)
         for row, length in enumerate(lengths):
-            mean = entries(self.budget, length)
+            mean, to_come = entries(self.budget, length), layers - len(measured)
             needs = [float(layer[row]) for layer in measured]
-            base, caps = self.beta * mean, [length] * layers
-            columns.append(allocate(layers * mean, needs, base=base, floor=floor, cap=caps))
+            base, caps = self.beta * mean, [length] * len(measured)
+            total = layers * mean - to_come * max(int(min(base, length)) - 1, 0)  # the others get their base at least
+            split = allocate(total, needs, base=base, floor=floor, cap=caps)
+            columns.append([min(n + 1, length) for n in split] if to_come else split)  # a remainder may still round up
         return [list(row) for row in zip(*columns)]
 
 
@@ -602,6 +614,9 @@ class PrefixMass(Budget):
         """Sums of the largest scores, mean over the heads, ``[batch, seq_len]`` as `cumulative_mass` gives them."""
         return cumulative_mass(scores().mean(1))
 
+    def keeps_all(self, length: int) -> bool:
+        return entries(self.budget, length) >= length
+
     def settle(
         self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
     ) -> list[list[int]]:
@@ -610,9 +625,12 @@ class PrefixMass(Budget):
             total = layers * entries(self.budget, length)
             room = max(length - self.forced, 0)
             curves = [mass_before(layer[row], room) for layer in measured]
-            prefixes = prefix_lengths(curves, min(max(total - layers * self.forced, 0), layers * room))
-            wanted = [n + self.forced for n in prefixes]
-            columns.append(allocate(total, wanted, floor=floor, cap=[length] * layers))
+            free = min(max(total - layers * self.forced, 0), len(curves) * room)
+            wanted = [n + self.forced for n in prefix_lengths(curves, free)]
+            if len(measured) < layers:  # more layers only bring the common share down
+                columns.append([min(max(n, floor), length) for n in wanted])
+            else:
+                columns.append(allocate(total, wanted, floor=floor, cap=[length] * layers))
         return [list(row) for row in zip(*columns)]
 
 

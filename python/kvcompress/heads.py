@@ -21,11 +21,18 @@ class HeadBudget(Protocol):
 
     `scores` ``[batch, heads, seq_len]`` hold +inf where an entry is kept in any case, -inf or NaN where there is none. `layer` is
     which of the compressed layers, from 0. `is_exact`: a row's entries sum to heads * mean, so that the host knows the sum
-    and nothing waits for the device.
+    and nothing waits for the device; `is_exact_bound`: so do those of `bound`. `is_nested`: with smaller counts no head
+    gets more than `bound` gave it.
     """
 
     @property
     def is_exact(self) -> bool: ...
+
+    @property
+    def is_exact_bound(self) -> bool: ...
+
+    @property
+    def is_nested(self) -> bool: ...
 
     def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int) -> Tensor: ...
 
@@ -87,6 +94,14 @@ class AdaptiveHeads:
     def is_exact(self) -> bool:
         return self.rounding != "official"
 
+    @property
+    def is_exact_bound(self) -> bool:
+        return self.rounding == "safeguard" or (self.rounding == "exact" and self.floor == 0)
+
+    @property
+    def is_nested(self) -> bool:
+        return not self.normalise
+
     def __call__(
         self, scores: Tensor, counts: Sequence[int], *, layer: int = 0, weighed_at: Sequence[int] | None = None
     ) -> Tensor:
@@ -109,9 +124,20 @@ class AdaptiveHeads:
         bound: bool,
         weighed_at: Sequence[int] | None = None,
     ) -> Tensor:
+        totals = [scores.shape[1] * n for n in counts]
+        real = (scores > -torch.inf).sum(-1)  # neither padding nor NaN
+        is_one_list = self.rounding == "exact" and self.floor == 0 and not self.normalise
+        if layer >= self.skip and (is_one_list or self.rounding == "safeguard"):
+            floors = None
+            if not is_one_list:
+                own = [max(1, int(n * self.floor)) for n in counts]
+                floors = torch.tensor(own, dtype=torch.int32, device=scores.device)
+                floors = floors[:, None].expand(-1, scores.shape[1]).contiguous()
+            wanted = torch.tensor(totals, dtype=torch.int32, device=scores.device)
+            return head_counts(scores, wanted, floors=floors, caps=real.int())
         is_forced = scores == torch.inf
         forced = is_forced.sum(-1)
-        free = (scores > -torch.inf).sum(-1) - forced  # neither padding nor NaN
+        free = real - forced
 
         def base_of(counts: Sequence[int]) -> Tensor:  # every head has as many forced entries as its row
             wanted = torch.tensor(counts, device=scores.device) - forced[:, 0]
@@ -120,12 +146,6 @@ class AdaptiveHeads:
         base = base_of(counts)
         if layer < self.skip:
             return (forced + base.minimum(free)).int()
-        totals = [scores.shape[1] * n for n in counts]
-        if self.rounding == "safeguard":
-            own = torch.tensor([max(1, int(n * self.floor)) for n in counts], dtype=torch.int32, device=scores.device)
-            floors = own[:, None].expand(-1, scores.shape[1]).contiguous()
-            wanted = torch.tensor(totals, dtype=torch.int32, device=scores.device)
-            return head_counts(scores, wanted, floors=floors, caps=(forced + free).int())
         if self.normalise:
             weighed = self._normalised(torch.where(is_forced, -torch.inf, scores), base_of(weighed_at or counts))
             scores = torch.where(is_forced, torch.inf, weighed)
@@ -133,8 +153,8 @@ class AdaptiveHeads:
         if self.rounding == "official":
             shares = self._official(won, base)
         else:
-            wanted = won.double() * (1 - self.floor) + base.double() * self.floor
-            shares = wanted.ceil().long() if bound else _whole(wanted, scores.shape[1] * base)
+            share = won.double() * (1 - self.floor) + base.double() * self.floor
+            shares = share.ceil().long() if bound else _whole(share, scores.shape[1] * base)
         if bound:
             shares = shares.maximum(won)
         return (forced + shares.minimum(free)).int()
@@ -190,6 +210,9 @@ class OneList(Budget):
     def first(self, layer: LayerState, scores: Scores) -> list[int]:
         """The most that a layer can win: all of the total."""
         return [min(n, layer.num_layers * entries(self.budget, n)) for n in layer.lengths]
+
+    def keeps_all(self, length: int) -> bool:
+        return entries(self.budget, length) >= length
 
     def measure(self, layer: LayerState, scores: Scores) -> Tensor:
         return scores()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from kvcompress.heads import AdaptiveHeads, HeadBudget
 from kvcompress.layer import LayerState
 from kvcompress.lookahead import Lookahead
 from kvcompress.ragged import RaggedStore
-from kvcompress.select import topk_heads
+from kvcompress.select import topk_ragged
 from kvcompress.statistic import Statistic
 from kvcompress.when import EveryStep, Prefill, When
 
@@ -153,11 +153,35 @@ class _Ranked:
 
 
 @dataclass(frozen=True)
+class _Packed:
+    """Picked entries of a prompt, head after head: entry j of head r as ``r * seq_len + j``, so in one ascending list.
+
+    Attributes:
+        keys: ``[total]`` int64.
+        indptr: ``[rows * heads + 1]`` int32, where each head's part begins.
+    """
+
+    keys: Tensor
+    indptr: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, indptr: Tensor, seq_len: int) -> _Packed:
+        """From the packed columns of `topk_ragged`."""
+        first = seq_len * torch.arange(indptr.shape[0] - 1, device=index.device)
+        return cls(index + first.repeat_interleave(indptr.diff(), output_size=index.shape[0]), indptr)
+
+    def among(self, held: _Packed, seq_len: int) -> Tensor:
+        """Where these entries stand among those of their head that are `held`, which they are part of: ``[total]`` int32."""
+        return (torch.searchsorted(held.keys, self.keys) - held.indptr[self.keys // seq_len]).int()
+
+
+@dataclass(frozen=True)
 class _Unsettled:
-    """A layer that holds an upper bound of its budget."""
+    """A layer that holds an upper bound of its budget; `held` is which entries of the prompt, where heads differ."""
 
     store: Store
     ranked: _Ranked
+    held: _Packed | None = None
 
 
 def _each(row: int | list[int]) -> list[int]:
@@ -216,6 +240,11 @@ class Pipeline:
         """Whether `observe_residual` must be called for every layer."""
         return self.stages.budget.wants_residual
 
+    def may_keep_all(self, lengths: Sequence[int]) -> bool:
+        """Whether a store that holds all of these rows may stay so: a deferred budget first keeps more than it will."""
+        budget = self.stages.budget
+        return not budget.deferred or all(budget.keeps_all(n) for n in lengths)
+
     @property
     def evicts_later(self) -> bool:
         """Whether entries are dropped after the prefill, so that rejected drafts cannot be taken back."""
@@ -245,7 +274,7 @@ class Pipeline:
         else:
             bounds = {layer.index: self._at_least_forced(budget.first(layer, scores))}
         final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
-        store = self._cut(layer, scores, bounds[layer.index], store, final=final)
+        store, held = self._cut(layer, scores, bounds[layer.index], store, final=final)
         if self.stages.decode is not None:
             assert isinstance(store, DenseStore), "heads of different counts never evict later"
             self.stages.decode.start(
@@ -255,10 +284,10 @@ class Pipeline:
             ranked = _Ranked(
                 layer.index, list(layer.lengths), layer.seq_start, scores() if self.stages.is_ragged else None
             )
-            self._unsettled[layer.index] = _Unsettled(store, ranked)
+            self._unsettled[layer.index] = _Unsettled(store, ranked, held)
         if budget.tightens:
             for index, targets in bounds.items():
-                self._cut_again(self._unsettled[index], targets, final=final)
+                self._cut_again(index, targets, final=final)
             if final:
                 self.reset()
         else:
@@ -300,24 +329,26 @@ class Pipeline:
         if len(self._measured) < self.num_layers or len(self._unsettled) < self.num_layers:
             return
         for index, targets in enumerate(self._settled(self.num_layers, self._unsettled[0].ranked.lengths)):
-            self._cut_again(self._unsettled[index], targets, final=True)
+            self._cut_again(index, targets, final=True)
         self.reset()
 
     def _settled(self, count: int, lengths: list[int]) -> Sequence[Targets]:
         """What the budget makes of the first `count` layers' measurements: final for all layers, else upper bounds."""
         budget, floor = self.stages.budget, self.stages.select.forced
-        measured = [self._measured[i] for i in range(count)]
         if budget.across_heads:
+            measured = [self._measured[i] for i in range(count)]
             return budget.settle_heads(measured, lengths, layers=self.num_layers, floor=floor)
-        measured = [t.cpu() for t in measured]  # the one wait for the device: once a prompt, or once a layer
-        return budget.settle(measured, lengths, layers=self.num_layers, floor=floor)
+        for i in range(count):  # the one wait for the device: once a prompt, or once a layer
+            self._measured[i] = self._measured[i].cpu()
+        return budget.settle([self._measured[i] for i in range(count)], lengths, layers=self.num_layers, floor=floor)
 
     # --- cuts
 
     def _cut(
         self, layer: LayerState, scores: Callable[[], Tensor], targets: Targets, store: Store | None, *, final: bool
-    ) -> Store:
+    ) -> tuple[Store, _Packed | None]:
         """A layer's first cut: to its budget, or to the upper bound of a budget that is not final."""
+        held = None
         counts = [self._kept(length, _mean(row)) for row, length in zip(targets, layer.lengths)]
         fits = all(n >= length for row, length in zip(targets, layer.lengths) for n in _each(row))
         if not self.stages.is_ragged and counts == layer.lengths:
@@ -332,10 +363,10 @@ class Pipeline:
         elif self.stages.is_ragged:
             ranked = _Ranked(layer.index, list(layer.lengths), layer.seq_start, scores())
             raised, per_head, total = self._split(ranked, targets, final=final)
-            index = topk_heads(raised, per_head, most=total, seq_start=layer.seq_start)
-            store = RaggedStore.gathered(
-                layer.keys, layer.values, index, per_head, layer.lengths, total=total, reserve=self.reserve
-            )
+            index, indptr = topk_ragged(raised, per_head, total=total, seq_start=layer.seq_start)
+            if self.stages.budget.deferred:
+                held = _Packed.of(index, indptr, layer.seq_len)
+            store = RaggedStore.gathered(layer.keys, layer.values, index, indptr, layer.lengths, reserve=self.reserve)
         else:
             keeps_scores = not final and not self.stages.score.by_position
             store = DenseStore.gathered(
@@ -347,17 +378,22 @@ class Pipeline:
                 scores=scores() if keeps_scores else None,
                 reserve=self.reserve,
             )
-        store.targets = self._targets(targets, store)
-        return store
+        store.targets = self._targets(targets, store, final=final)
+        return store, held
 
-    def _targets(self, targets: Targets, store: Store) -> list[int]:
+    def _targets(self, targets: Targets, store: Store, *, final: bool) -> list[int]:
         """What a store may hold a head; heads that are rounded one by one may pass the budget by a few."""
         rows = [_mean(row) for row in targets]
         is_exact = self.stages.heads is None or self.stages.heads.is_exact
-        return rows if is_exact and not self._unsettled else [max(n, held) for n, held in zip(rows, store.lengths)]
+        return rows if is_exact or not final else [max(n, held) for n, held in zip(rows, store.lengths)]
 
-    def _split(self, ranked: _Ranked, targets: Targets, *, final: bool) -> tuple[Tensor, Tensor, int]:
-        """Scores in which forced entries are +inf, the entries of each head on the device, and all of them on the host."""
+    def _split(
+        self, ranked: _Ranked, targets: Targets, *, final: bool, held: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, int]:
+        """Scores in which forced entries are +inf, the entries of each head on the device, and all of them on the host.
+
+        `held` ``[batch * heads]`` is what an earlier cut left of each head, for heads that would like some of it back.
+        """
         assert ranked.scores is not None
         counts = [min(_mean(row), length) for row, length in zip(targets, ranked.lengths)]
         raised = self.stages.select.raised(ranked.scores, counts, seq_start=ranked.seq_start)
@@ -366,22 +402,28 @@ class Pipeline:
             rows = [[min(n, length) for n in _each(row)] for row, length in zip(targets, ranked.lengths)]
             return raised, torch.tensor(rows, dtype=torch.int32, device=raised.device), sum(map(sum, rows))
         per_head = (heads if final else heads.bound)(raised, counts, layer=ranked.index)
-        is_known = final and heads.is_exact
+        is_known = heads.is_exact if final else heads.is_exact_bound
+        if held is not None and not heads.is_nested:
+            per_head, is_known = per_head.minimum(held.view_as(per_head)), False
         return raised, per_head, raised.shape[1] * sum(counts) if is_known else int(per_head.sum())
 
-    def _cut_again(self, waiting: _Unsettled, targets: Targets, *, final: bool) -> None:
+    def _cut_again(self, layer: int, targets: Targets, *, final: bool) -> None:
         """Down to the final budget, or to a bound that has come down by so much that the copy pays."""
+        waiting = self._unsettled[layer]
         store, ranked = waiting.store, waiting.ranked
         wanted = sum(min(_mean(row), length) for row, length in zip(targets, ranked.lengths))
-        if not final and wanted * _WORTH > sum(store.lengths) * (_WORTH - 1):
+        held = store.total / store.heads if isinstance(store, RaggedStore) else sum(store.lengths)
+        if not final and wanted * _WORTH > held * (_WORTH - 1):
             return
         if isinstance(store, RaggedStore):
-            raised, per_head, _ = self._split(ranked, targets, final=final)
-            per_head = per_head.minimum(store.row_lengths.view_as(per_head))
-            index = topk_heads(raised, per_head, most=store.max_length, seq_start=ranked.seq_start)
-            first = 0 if ranked.seq_start is None else ranked.seq_start[:, None, None]
-            store.keep(store.slots_of(torch.where(index >= 0, index - first, -1)), per_head)
-            store.targets = self._targets(targets, store)
+            assert ranked.scores is not None
+            assert waiting.held is not None
+            raised, per_head, total = self._split(ranked, targets, final=final, held=store.row_lengths)
+            index, indptr = topk_ragged(raised, per_head, total=total, seq_start=ranked.seq_start)
+            kept = _Packed.of(index, indptr, raised.shape[2])
+            store.keep(kept.among(waiting.held, raised.shape[2]), indptr)
+            self._unsettled[layer] = replace(waiting, held=kept)
+            store.targets = self._targets(targets, store, final=final)
             return
         store.targets = [_mean(row) for row in targets]
         self.fit(store, store.targets)

@@ -11,11 +11,9 @@ from torch import Tensor
 from kvcompress.attend import attend
 from kvcompress.cache import register_store
 from kvcompress.decode import ragged_decode_attention
-from kvcompress.store import append_, gather, gather_ragged
+from kvcompress.store import append_, compact_ragged_, gather, gather_ragged
 
 __all__ = ["RaggedStore"]
-
-HeadLengths = Sequence[Sequence[int]] | Tensor  # [batch][heads] on the host, or [batch, heads] int32 on the device
 
 _QUERIES = 8  # what one call of ragged_decode_attention takes
 _FEW = 32  # queries that go through it in turns; more attend head by head, as a prompt does
@@ -49,10 +47,10 @@ class RaggedStore:
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        head_lengths: HeadLengths,
+        counts: Tensor,
         *,
+        total: int,
         seen: Sequence[int],
-        total: int | None = None,
         scores: Tensor | None = None,
         targets: Sequence[int] | None = None,
         reserve: int = 128,
@@ -60,14 +58,15 @@ class RaggedStore:
     ) -> None:
         """Takes buffers in which every head has `room` free slots (None: `reserve`) behind its entries.
 
-        `head_lengths` and `total` are as in `gathered`.
+        `counts` are the entries of each head, ``[batch, heads]`` int32 on the device, `total` their sum.
         """
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
         self.seen = list(seen)
         self.targets = None if targets is None else list(targets)
         self.reserve = reserve
         self.extra: dict[str, Tensor] = {}
-        self._locate(*_lengths(head_lengths, total, keys.device), reserve if room is None else room)
+        room = reserve if room is None else room
+        self._locate(counts, total, room, _starts(counts, room))
 
     @classmethod
     def gathered(
@@ -75,67 +74,63 @@ class RaggedStore:
         keys: Tensor,
         values: Tensor,
         index: Tensor,
-        head_lengths: HeadLengths,
+        indptr: Tensor,
         lengths: Sequence[int],
         *,
-        total: int | None = None,
         scores: Tensor | None = None,
         reserve: int = 128,
     ) -> RaggedStore:
         """A new store of the rows `index` of a prompt's K and V; the prompt's tensors can be freed afterwards.
 
+        Nothing waits for the device: how many entries there are in all is the length of `index`.
+
         Args:
             keys, values: ``[batch, num_kv_heads, seq_len, head_dim]``.
-            index: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count. More heads than the keys have
-                (a multiple) means storage per query head.
-            head_lengths: those counts, ``[batch][heads]`` on the host or ``[batch, heads]`` int32 on the device.
+            index: ``[total]`` int32, head after head, each ascending, as `topk_ragged` gives it.
+            indptr: ``[batch * heads + 1]`` int32, where each head's part begins. More heads than the keys have (a multiple)
+                means storage per query head.
             lengths: real tokens of each row.
-            total: their sum, where the host knows it; with it, counts on the device are not waited for.
             scores: ``[batch, heads, seq_len]`` float32 to keep for a later cut.
             reserve: free slots behind each head.
         """
         seq_len, device = keys.shape[2], keys.device
-        counts, total = _lengths(head_lengths, total, device)
+        counts, total = indptr.diff().view(keys.shape[0], -1), index.shape[0]
         first = torch.tensor([seq_len - n for n in lengths], dtype=torch.int32, device=device)
         slots = torch.arange(seq_len, dtype=torch.int32, device=device)
         positions = (slots - first[:, None])[:, None]
         tensors = [keys, values, positions] if scores is None else [keys, values, positions, scores]
-        kept = gather_ragged(tensors, index, _starts(counts, reserve), total=total + reserve * counts.numel())
-        return cls(
-            kept[0],
-            kept[1],
-            kept[2],
-            counts,
-            seen=lengths,
-            total=total,
-            scores=None if scores is None else kept[3],
-            reserve=reserve,
-        )
+        kept = gather_ragged(tensors, index, indptr, _starts(counts, reserve), total=total + reserve * counts.numel())
+        beside = None if scores is None else kept[3]
+        return cls(kept[0], kept[1], kept[2], counts, total=total, seen=lengths, scores=beside, reserve=reserve)
 
-    def _locate(self, counts: Tensor, total: int, room: int) -> None:
-        """Where each head starts and how long it is: on the device, and on the host once somebody asks."""
+    def _locate(
+        self, counts: Tensor, total: int, room: int, row_start: Tensor, next_position: Tensor | None = None
+    ) -> None:
+        """Where each head starts and how long it is: on the device, and on the host once somebody asks.
+
+        `room` is how many slots are free behind every head at least, `next_position` what its next token gets (None: `seen`).
+        """
         self._batch, self._heads = counts.shape
         self._total = total
         self._held: list[list[int]] | None = None  # entries when last located; `_grown` came later
         self._starts: list[int] = []
         self._grown = [0] * self._batch
-        self._room = self._located_room = room  # free slots behind every head, now and then
+        self._room = room
         self._longest = min(total, max(self.seen, default=0))
+        self._row_start = row_start
+        if next_position is None:
+            next_position = torch.tensor(self.seen, dtype=torch.int32, device=counts.device)
+            next_position = next_position.repeat_interleave(self._heads)
         flat = counts.reshape(-1)
-        self._row_start = _starts(counts, room)
-        following = torch.tensor(self.seen, dtype=torch.int32, device=flat.device).repeat_interleave(self._heads)
-        self._count(torch.stack([flat, (self._row_start + flat).int(), following]))
+        self._count(torch.stack([flat, (row_start + flat).int(), next_position]))
 
     def _on_host(self) -> list[list[int]]:
         """Entries of each head when last located. The first call waits for the device."""
         if self._held is None:
-            flat = self._row_length.view(self._batch, self._heads).tolist()
-            self._held = [[n - grown for n in row] for row, grown in zip(flat, self._grown)]
+            flat, self._starts = torch.stack([self._row_length.long(), self._row_start]).tolist()
+            rows = [flat[b * self._heads : (b + 1) * self._heads] for b in range(self._batch)]
+            self._held = [[n - grown for n in row] for row, grown in zip(rows, self._grown)]
             self._longest = max((n for row in self._held for n in row), default=0)
-            start = 0
-            for n in (n for row in self._held for n in row):
-                self._starts.append(start)
-                start += n + self._located_room
         return self._held
 
     def _count(self, counters: Tensor) -> None:
@@ -169,9 +164,14 @@ class RaggedStore:
         return self._longest + max(self._grown, default=0)
 
     @property
+    def total(self) -> int:
+        """Entries of all rows and heads, which the host knows without asking."""
+        return self._total + self._heads * sum(self._grown)
+
+    @property
     def is_complete(self) -> bool:
         """Nothing was ever dropped."""
-        return self._total + self._heads * sum(self._grown) == self._heads * sum(self.seen)
+        return self.total == self._heads * sum(self.seen)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -269,30 +269,50 @@ class RaggedStore:
 
     # --- shrinking
 
-    def keep(self, index: Tensor, head_lengths: HeadLengths) -> None:
-        """Keeps the entries `index` ``[batch, heads, k]`` of each head (as in `gathered`), giving the bytes of all others back."""
-        index = index.flatten(0, 1)
-        source = torch.where(index >= 0, self._row_start[:, None] + index, -1)
-        self._pick(source, *_lengths(head_lengths, None, index.device), self.reserve)
+    def keep(self, index: Tensor, indptr: Tensor) -> None:
+        """Keeps the entries `index` of each head and drops all others.
 
-    def slots_of(self, positions: Tensor) -> Tensor:
-        """Where stored entries lie in their heads, from their positions ``[batch, heads, k]`` int32 (-1: none), ascending."""
-        held = self.padded_positions()
-        held = torch.where(held < 0, torch.iinfo(torch.int32).max, held)
-        slots = torch.searchsorted(held, positions.clamp_min(0), out_int32=True)
-        return torch.where(positions < 0, -1, slots)
+        In place where the freed slots are wanted as room; into smaller buffers, one after the other, where that gives memory
+        back. Nothing waits for the device.
 
-    def _pick(self, source: Tensor, counts: Tensor, total: int, room: int) -> None:
-        """New buffers of the old slots `source` ``[rows * heads, k]``, ascending, -1 behind each head's new length."""
-        slots = total + counts.numel() * room
-        start = _starts(counts, room)[:, None]
-        to = torch.where(source >= 0, start + torch.arange(source.shape[1], device=source.device), slots)
-        index = torch.full((slots + 1,), -1, dtype=torch.int32, device=source.device)  # the last takes what is no entry
-        index.scatter_(0, to.flatten(), source.flatten().int())
-        picked = gather([t[None, None] for t in self.tensors.values()], index[None, None, :slots])
-        for name, tensor in zip(self.tensors, picked):
-            setattr(self, name, tensor[0, 0])
-        self._locate(counts, total, room)
+        Args:
+            index: ``[total]`` int32, head after head, each ascending: which of the head's own entries.
+            indptr: ``[batch * heads + 1]`` int32, where each head's part begins.
+        """
+        counts, total = indptr.diff().view(self._batch, self._heads), index.shape[0]
+        if self.keys.shape[0] <= total + 2 * self.reserve * counts.numel():
+            compact_ragged_(list(self.tensors.values()), index, indptr, self._row_start)
+            self._locate(counts, total, self._room, self._row_start, self._next_position)
+        else:
+            source = index + _of_head(self._row_start, counts, total)
+            self._pick(source, indptr, counts, total, self.reserve, self._next_position)
+
+    def _pick(
+        self,
+        source: Tensor,
+        indptr: Tensor,
+        counts: Tensor,
+        total: int,
+        room: int,
+        next_position: Tensor | None = None,
+    ) -> None:
+        """New buffers of the old slots `source` ``[total]``, head after head, with `room` behind each.
+
+        One buffer at a time, so that no more than one old one is held beside its copy.
+        """
+        row_start, slots = _starts(counts, room), total + counts.numel() * room
+        source = source.int()
+        for name in list(self.tensors):
+            (picked,) = gather_ragged([getattr(self, name)[None, None]], source, indptr, row_start, total=slots)
+            setattr(self, name, picked)
+        self._locate(counts, total, room, row_start, next_position)
+
+    def _pick_heads(self, counts: Tensor, row_start: Tensor, total: int, room: int) -> None:
+        """New buffers of whole heads ``[batch, heads]`` of `counts` entries from the old slots `row_start` on."""
+        indptr = torch.nn.functional.pad(counts.reshape(-1).cumsum(0, dtype=torch.int32), (1, 0))
+        slots = torch.arange(total, device=counts.device)
+        source = slots + _of_head(row_start.reshape(-1) - indptr[:-1], counts, total)
+        self._pick(source, indptr, counts, total, room)
 
     def _source(self) -> Tensor:
         """Slots of all entries ``[batch * heads, max_length]``, -1 behind each head's last one."""
@@ -301,8 +321,7 @@ class RaggedStore:
         return torch.where(column < self.row_lengths[:, None], self._row_start[:, None] + column, -1)
 
     def _repack(self, room: int) -> None:
-        total = self._total + self._heads * sum(self._grown)
-        self._pick(self._source(), self._row_length.view(self._batch, self._heads), total, room)
+        self._pick_heads(self._row_length.view(self._batch, self._heads), self._row_start, self.total, room)
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens of every row (rejected drafts)."""
@@ -323,13 +342,14 @@ class RaggedStore:
         picked = rows.tolist() if picked is None else picked
         if picked == list(range(self.batch)):
             return
-        source = self._source().view(self.batch, self.heads, -1)
-        source = source.index_select(0, rows.to(source.device)).flatten(0, 1)
         held = self.head_lengths
+        counts, row_start = (t.view(self._batch, self._heads) for t in (self._row_length, self._row_start))
+        rows = rows.to(counts.device)
         self.seen = [self.seen[i] for i in picked]
         self.targets = None if self.targets is None else [self.targets[i] for i in picked]
         self.extra = {name: t.index_select(0, rows.to(t.device)) for name, t in self.extra.items()}
-        self._pick(source, *_lengths([held[i] for i in picked], None, source.device), self._room)
+        total = sum(sum(held[i]) for i in picked)
+        self._pick_heads(counts.index_select(0, rows), row_start.index_select(0, rows), total, self._room)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> None:
         self._on_host()  # a copy that nothing waits for is not there to be read
@@ -374,11 +394,13 @@ class RaggedStore:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], *, reserve: int = 128) -> RaggedStore:
+        counts = state["head_lengths"].to(state["keys"].device, torch.int32)
         store = cls(
             state["keys"],
             state["values"],
             state["positions"],
-            state["head_lengths"].tolist(),
+            counts,
+            total=state["keys"].shape[0],
             seen=state["seen"].tolist(),
             scores=state.get("scores"),
             targets=state["targets"].tolist() if "targets" in state else None,
@@ -390,19 +412,15 @@ class RaggedStore:
         return store
 
 
-def _lengths(head_lengths: HeadLengths, total: int | None, device: torch.device) -> tuple[Tensor, int]:
-    """Entries of each head on the device, and of all on the host; waits for the device where the host does not know the sum."""
-    if isinstance(head_lengths, Tensor):
-        return head_lengths, int(head_lengths.sum()) if total is None else total
-    rows = [list(row) for row in head_lengths]
-    counts = torch.tensor(rows, dtype=torch.int32, device=device).view(len(rows), -1)
-    return counts, sum(map(sum, rows)) if total is None else total
-
-
 def _starts(counts: Tensor, room: int) -> Tensor:
     """First slot of each head ``[batch * heads]`` int64, `room` free slots behind each."""
     stretch = counts.reshape(-1).long() + room
     return stretch.cumsum(0) - stretch
+
+
+def _of_head(t: Tensor, counts: Tensor, total: int) -> Tensor:
+    """``t[r]`` of the head r that each packed entry belongs to, ``[total]``; the host knows how many they are."""
+    return t.repeat_interleave(counts.reshape(-1), output_size=total)
 
 
 def _is_supported(q: Tensor) -> bool:

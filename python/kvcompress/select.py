@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from kvcompress import _check
 
-__all__ = ["TopK", "TopKRecent", "head_counts", "topk", "topk_heads", "topk_ragged"]
+__all__ = ["TopK", "TopKRecent", "head_counts", "topk", "topk_ragged"]
 
 _MAX_INT32 = 2**31 - 1
 _MAX_HEADS = 1024
@@ -81,22 +81,6 @@ def _(
     _check.require(window >= 0, op, "window", "at least 0", window)
     _check.require(window <= k - sink, op, "window", f"at most k - sink ({k - sink})", window)
     return scores.new_empty((batch, heads, k), dtype=torch.int32)
-
-
-def topk_heads(scores: Tensor, counts: Tensor, *, most: int | None = None, seq_start: Tensor | None = None) -> Tensor:
-    """`topk` with a count for every row and head: ``[batch, heads, k]`` int32, ascending, -1 behind each head's own count.
-
-    Args:
-        scores: ``[batch, heads, seq_len]`` float32, +inf where an entry is kept in any case.
-        counts: ``[batch, heads]`` int32 on the device; it is not waited for.
-        most: what no count exceeds, where the host knows it; None: seq_len.
-        seq_start: ``[batch]`` int32, first real entry of each row.
-    """
-    batch, heads, seq_len = scores.shape
-    starts = None if seq_start is None else seq_start.repeat_interleave(heads)
-    k = seq_len if most is None else min(most, seq_len)
-    kept = topk(scores.reshape(batch * heads, 1, seq_len), k, counts=counts.reshape(-1), seq_start=starts)
-    return kept.view(batch, heads, -1)
 
 
 def topk_ragged(
@@ -316,10 +300,16 @@ def _raised(
     scores: Tensor, sink: int, window: int | Tensor, seq_start: Tensor | None, seq_end: Tensor | None
 ) -> Tensor:
     """+inf at the first `sink` and the last `window` real entries of each row, -inf outside the real ones."""
-    column = torch.arange(scores.shape[2], device=scores.device)
+    seq_len = scores.shape[2]
+    if seq_start is None and seq_end is None and isinstance(window, int):
+        raised = scores.clone()
+        raised[:, :, :sink] = torch.inf
+        raised[:, :, max(seq_len - window, 0) :] = torch.inf
+        return raised
+    column = torch.arange(seq_len, device=scores.device)
     start = 0 if seq_start is None else seq_start[:, None]
-    end = scores.shape[2] if seq_end is None else seq_end[:, None]
+    end = seq_len if seq_end is None else seq_end[:, None]
     forced = (column < start + sink) | (column >= end - window)
     outside = (column < start) | (column >= end)
-    shape = (-1, 1, scores.shape[2])  # [batch, 1, seq_len], or one row for all
+    shape = (-1, 1, seq_len)  # [batch, 1, seq_len], or one row for all
     return scores.masked_fill(forced.view(shape), torch.inf).masked_fill(outside.view(shape), -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kvcompress import _check
 
@@ -105,16 +105,20 @@ def gather(tensors: Sequence[Tensor], index: Tensor, *, capacity: int | None = N
     return _check.call(torch.ops.kvcompress.gather.default, tensors, index, capacity)
 
 
-def gather_ragged(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, *, total: int) -> list[Tensor]:
+def gather_ragged(
+    tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor, *, total: int
+) -> list[Tensor]:
     """Copies the kept rows of every tensor into one packed buffer, a stretch of its own for each row and head.
 
-    ``out[row_start[b * heads + h] + i] = tensor[b, h // (heads / tensor heads), index[b, h, i]]`` wherever the index is not -1;
-    all other slots, so the room behind a head, are zero.
+    With head ``r = b * heads + h``: ``out[row_start[r] + i] = tensor[b, h // (heads / tensor heads), index[indptr[r] + i]]`` for
+    ``i < indptr[r + 1] - indptr[r]`` wherever the index is not -1; all other slots, so the room behind a head, are zero.
 
     Args:
         tensors: one to eight of ``[batch, tensor heads, seq_len, head_dim]`` or ``[batch, tensor heads, seq_len]``; any
             dtypes of 1, 2, 4 or 8 bytes, any strides with a contiguous last dimension.
-        index: ``[batch, heads, k]`` int32, -1 or in [0, seq_len), as `topk` gives it.
+        index: ``[entries]`` int32, -1 or in [0, seq_len), head after head, as `topk_ragged` gives it. (Rows of one length k,
+            ``[batch, heads, k]``, are ``index.flatten()`` with ``indptr = k * arange(batch * heads + 1)``.)
+        indptr: ``[batch * heads + 1]`` int32, where the part of each head begins; ascending.
         row_start: ``[batch * heads]`` int64, the first slot of each head; stretches must not overlap nor leave the buffer.
         total: slots of the packed buffers.
 
@@ -122,19 +126,19 @@ def gather_ragged(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, *
         One contiguous ``[total, head_dim]`` or ``[total]`` for each tensor.
 
     Raises:
-        ValueError, TypeError: ``gather_ragged: argument must be ..., got ...``. Values of `index` are checked under
+        ValueError, TypeError: ``gather_ragged: argument must be ..., got ...``. Values of `index` and `indptr` are checked under
             `set_debug` only; those of `row_start` are the caller's contract.
 
     Scratch: none.
 
     Example:
         >>> keys = torch.arange(6.0).view(1, 2, 3, 1)
-        >>> index = torch.tensor([[[0, 2], [1, -1]]], dtype=torch.int32)
-        >>> packed, = kvcompress.gather_ragged([keys], index, torch.tensor([0, 3]), total=5)
+        >>> index, indptr = torch.tensor([0, 2, 1], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
+        >>> packed, = kvcompress.gather_ragged([keys], index, indptr, torch.tensor([0, 3]), total=5)
         >>> packed[:, 0]
         tensor([0., 2., 0., 4., 0.])
     """
-    return _check.call(torch.ops.kvcompress.gather_ragged.default, tensors, index, row_start, total)
+    return _check.call(torch.ops.kvcompress.gather_ragged.default, tensors, index, indptr, row_start, total)
 
 
 def append_(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) -> None:
@@ -201,7 +205,7 @@ def _check_index(op: str, index: Tensor) -> None:
     _check.last_contiguous(op, "index", index)
 
 
-@torch.library.register_fake("kvcompress::compact_")
+@library.register_fake("kvcompress::compact_")
 def _(tensors: Sequence[Tensor], index: Tensor) -> None:
     op = "compact_"
     _check_index(op, index)
@@ -217,7 +221,7 @@ def _(tensors: Sequence[Tensor], index: Tensor) -> None:
     _check.require(index.shape[2] <= seq_len, op, "index", must, index.shape[2])
 
 
-@torch.library.register_fake("kvcompress::compact_ragged_")
+@library.register_fake("kvcompress::compact_ragged_")
 def _(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor) -> None:
     op = "compact_ragged_"
     _check.rank(op, "index", index, 1, "[total]")
@@ -241,10 +245,12 @@ def _(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tenso
     _check.last_contiguous(op, "indptr", indptr)
 
 
-def _check_gather(op: str, tensors: Sequence[Tensor], index: Tensor) -> None:
+@library.register_fake("kvcompress::gather")
+def _(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
+    op = "gather"
     _check_index(op, index)
     _check_row_list(op, "tensors", tensors, "batch, heads, seq_len", index, "index", is_written=False)
-    batch, heads, _ = index.shape
+    batch, heads, k = index.shape
     seq_len = tensors[0].shape[2]
     for i, t in enumerate(tensors):
         must = f"of the batch of index ({batch}) and the seq_len of tensors[0] ({seq_len})"
@@ -252,25 +258,35 @@ def _check_gather(op: str, tensors: Sequence[Tensor], index: Tensor) -> None:
         _check.require(same, op, "tensors", must, f"{_check.shape_string(t)} at [{i}]")
         multiple = heads == 0 if t.shape[1] == 0 else heads % t.shape[1] == 0
         _check.require(multiple, op, "index", f"of a multiple of {t.shape[1]} heads", f"{heads} at [{i}]")
-
-
-@torch.library.register_fake("kvcompress::gather")
-def _(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tensor]:
-    op = "gather"
-    _check_gather(op, tensors, index)
-    batch, heads, k = index.shape
     _check.require(capacity >= k, op, "capacity", f"at least k ({k})", capacity)
     return [t.new_empty((batch, heads, capacity, *t.shape[3:])) for t in tensors]
 
 
-@torch.library.register_fake("kvcompress::gather_ragged")
-def _(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, total: int) -> list[Tensor]:
+@library.register_fake("kvcompress::gather_ragged")
+def _(tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor, total: int) -> list[Tensor]:
     op = "gather_ragged"
-    _check_gather(op, tensors, index)
-    heads = index.shape[0] * index.shape[1]
-    ok = row_start.dim() == 1 and row_start.shape[0] == heads
+    _check.rank(op, "index", index, 1, "[entries]")
+    _check.dtype(op, "index", index, torch.int32)
+    _check.last_contiguous(op, "index", index)
+    _check_row_list(op, "tensors", tensors, "batch, heads, seq_len", index, "index", is_written=False)
+    batch, seq_len = tensors[0].shape[0], tensors[0].shape[2]
+    rows = indptr.shape[0] - 1 if indptr.dim() == 1 else -1
+    fits = rows >= 0 and (rows == 0 if batch == 0 else rows % batch == 0)
+    must = f"[batch * heads + 1] for a batch of {batch}"
+    _check.require(fits, op, "indptr", must, f"{indptr.dim()}D {_check.shape_string(indptr)}")
+    _check.dtype(op, "indptr", indptr, torch.int32)
+    _check.same_device(op, "indptr", indptr, index, "index")
+    _check.last_contiguous(op, "indptr", indptr)
+    heads = 0 if batch == 0 else rows // batch
+    for i, t in enumerate(tensors):
+        same = t.shape[0] == batch and t.shape[2] == seq_len
+        must = f"of the batch ({batch}) and seq_len ({seq_len}) of tensors[0]"
+        _check.require(same, op, "tensors", must, f"{_check.shape_string(t)} at [{i}]")
+        multiple = heads == 0 if t.shape[1] == 0 else heads % t.shape[1] == 0
+        _check.require(multiple, op, "indptr", f"of a multiple of {t.shape[1]} heads", f"{heads} at [{i}]")
+    ok = row_start.dim() == 1 and row_start.shape[0] == rows
     got = f"{row_start.dim()}D {_check.shape_string(row_start)}"
-    _check.require(ok, op, "row_start", f"[batch * heads] ({heads})", got)
+    _check.require(ok, op, "row_start", f"[batch * heads] ({rows})", got)
     _check.dtype(op, "row_start", row_start, torch.int64)
     _check.same_device(op, "row_start", row_start, index, "index")
     _check.last_contiguous(op, "row_start", row_start)
@@ -278,7 +294,7 @@ def _(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, total: int) -
     return [t.new_empty((total, *t.shape[3:])) for t in tensors]
 
 
-@torch.library.register_fake("kvcompress::append_")
+@library.register_fake("kvcompress::append_")
 def _(buffers: Sequence[Tensor], rows: Sequence[Tensor], slots: Tensor) -> None:
     op = "append_"
     _check.rank(op, "slots", slots, 2, "[batch, n]")

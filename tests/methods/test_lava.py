@@ -10,7 +10,9 @@ import torch
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline
 from tests.methods.ragged import kept
+from tests.methods.replay.lava import frozen
 from tests.methods.states import DTYPES, LENGTHS, alone, attention, prompt
+from tests.reference.budget import frozen_heads, heads_of_global_list
 
 WINDOW, LAYERS = 8, 4
 
@@ -88,6 +90,68 @@ def test_bounds_hold(truncate):
             assert all(bound[0] >= last[0] for bound, last in zip(earlier, trace[-1]))
         assert sum(row[0] for row in trace[-1]) <= 6 * 30
         assert truncate or sum(row[0] for row in trace[-1]) == 6 * 30
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_normalised_heads(floor, device):
+    """Each head weighed by what its own best hold, beside forced entries and padding."""
+    heads = create("lava", budget=30, window=WINDOW, floor=floor, normalise=True, compat=True).stages().heads
+    for seed in range(20):
+        torch.manual_seed(seed)
+        scores = torch.rand(2, 3, 60, device=device) ** torch.tensor([1.0, 4.0, 16.0], device=device)[:, None]
+        scores[..., -WINDOW:], scores[1, :, :15] = torch.inf, -torch.inf
+        split = heads(scores, [30, 21], layer=0).tolist()
+        for row, (start, budget) in enumerate([(0, 22), (15, 13)]):
+            free = scores[row, :, start:-WINDOW].cpu()
+            won = heads_of_global_list(free, budget, budget, normalise=True)
+            plain = heads_of_global_list(free, budget, budget, normalise=False)
+            assert won != plain
+            wanted = [min(round(won.count(h) * (1 - floor) + int(30 * floor)), free.shape[1]) for h in range(3)]
+            assert split[row] == [WINDOW + n for n in wanted]
+
+
+def test_normalised_cuts_in_the_official_order():
+    """What the goldens of `normalize` are replayed with, against the order of cuts as the page tells it."""
+    heads = 3
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(heads, 90, generator=generator) ** torch.tensor([1.0, 4.0, 16.0])[:, None]
+        budgets = sorted(torch.randint(5, 110, (6,), generator=generator).tolist(), reverse=True)
+        stages = create("lava", budget=40, window=WINDOW, floor=0.25, normalise=True, compat=True).stages()
+        raised = torch.cat([scores, torch.full((heads, WINDOW), torch.inf)], 1)[None]
+        held = frozen(stages, raised, budgets, 90, WINDOW)
+        wanted = frozen_heads(scores, budgets, 0.25, 10)
+        assert [len(head) for head in held] == [WINDOW + n for n in wanted]
+        for head, positions in enumerate(held):
+            best = scores[head].sort(descending=True, stable=True).indices[: wanted[head]]
+            assert positions == sorted(best.tolist()) + list(range(90, 90 + WINDOW))
+
+
+def test_normalised_heads_keep_to_what_they_have(device):
+    """Layer by layer: at each cut a head gets what it wins there, at most what the cut before left it."""
+    stages = create("lava", budget=30, window=WINDOW, normalise=True).stages()
+    pipeline, states, stores = Pipeline(stages, LAYERS), [], []
+    held: list[list[int]] = []
+    for index in range(LAYERS):
+        state = prompt([90], device=device, index=index, num_layers=LAYERS)
+        state.queries *= [9.0, 0.1, 2.0, 0.5][index]
+        states.append(state)
+        stores.append(pipeline.compress(state))
+        measured = [stages.budget.measure(s, lambda s=s: stages.score(s)).cpu() for s in states]
+        final = index + 1 == LAYERS
+        for i, (bound,) in enumerate(stages.budget.settle(measured, [90], floor=WINDOW, layers=LAYERS)):
+            bound = min(bound, 90)
+            if i < len(held) and not final and bound * 8 > sum(held[i]) / len(held[i]) * 7:
+                continue
+            free = stages.score(states[i])[0, :, :-WINDOW].cpu()
+            won = heads_of_global_list(free, bound - WINDOW, bound - WINDOW, normalise=True)
+            counts = [WINDOW + won.count(head) for head in range(len(free))]
+            if i < len(held):
+                held[i] = [min(a, b) for a, b in zip(held[i], counts)]
+            else:
+                held.append(counts)
+        assert [store.head_lengths[0] for store in stores] == held
+    assert len({tuple(counts) for counts in held}) > 1
 
 
 def test_uniform_layers(device):

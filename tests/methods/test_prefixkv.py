@@ -68,6 +68,14 @@ def test_meets_its_total_and_its_bound(layers, length, budget, seed):
     assert sum(settled) == layers * min(max(mean, 2), length)
     (bound,) = stage.first(SimpleNamespace(num_layers=layers, lengths=[length]), None)
     assert max(settled) <= max(bound, 2)
+    held = list(cumulative_mass(scores)[:, None])
+    earlier = None
+    for count in range(1, layers + 1):  # layer by layer: bounds that only come down, and no more than the total
+        bounds = [row[0] for row in stage.settle(held[:count], [length], floor=2, layers=layers)]
+        assert earlier is None or all(now <= then for now, then in zip(bounds, earlier))
+        assert sum(bounds) <= max(layers * mean, layers * min(2, length))
+        earlier = bounds
+    assert earlier == settled
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -53,6 +53,12 @@ def test_meets_its_total_and_its_bound(needs, budget, beta, length):
     assert min(counts) >= min(int(beta * mean), length)
     (bound,) = stage.first(SimpleNamespace(num_layers=layers, lengths=[length]), None)
     assert max(counts) <= bound
+    for floor in (0, min(7, length)):
+        final = [row[0] for row in stage.settle(measured, [length], floor=floor)]
+        for count in range(1, layers):  # bounds from the first layers: never below what they end up with
+            bounds = [row[0] for row in stage.settle(measured[:count], [length], floor=floor, layers=layers)]
+            assert all(n <= most for n, most in zip(final, bounds))
+            assert sum(bounds) <= max(layers * mean, count * floor) + count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -243,6 +243,20 @@ def test_gradients_flow_but_nothing_stored_holds_them(llama):
     assert not any(t.requires_grad for layer in cache.layers for t in layer.store.tensors.values())
 
 
+@pytest.mark.parametrize("name", ["prefixkv", "zigzagkv", "squeeze_attention", "lava", "h2o"])
+def test_no_queries_wait_behind_a_cut(llama, name):
+    """A first bound may keep all entries of a layer, but the prompt cannot go on: no query of it is needed again."""
+    keeps = {}
+    for budget, fits in ((0.5, False), (PROMPT, True)):
+        cache = cache_of(llama, create(name, budget=budget))
+        with attach(llama):
+            llama(prompt(llama), past_key_values=cache)
+        assert all(layer.store.is_complete for layer in cache.layers) == fits
+        keeps[fits] = [layer._queries is not None for layer in cache.layers]
+    assert not any(keeps[False])
+    assert all(keeps[True]) == (cache._pipeline.queries > 0)
+
+
 class Watched(Pipeline):
     """Remembers what it is given."""
 

@@ -12,6 +12,12 @@ from kvcompress.ragged import RaggedStore
 HEADS, DIM = 3, 16
 
 
+def packed(index):
+    """A padded index ``[batch, heads, k]``, -1 behind each head's entries, as index and indptr."""
+    counts = (index >= 0).sum(-1).flatten()
+    return index[index >= 0], torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
 def ragged_index(lengths, seq_len, counts, device):
     """Random ascending picks among each row's real entries (the last ones), a count a head."""
     index = torch.full((len(counts), HEADS, max(max(row) for row in counts) or 1), -1, dtype=torch.int32)
@@ -24,7 +30,7 @@ def ragged_index(lengths, seq_len, counts, device):
 def fresh(lengths, seq_len, counts, device, reserve=3):
     keys, values = (torch.randn(len(lengths), HEADS, seq_len, DIM, device=device) for _ in range(2))
     index = ragged_index(lengths, seq_len, counts, device)
-    store = RaggedStore.gathered(keys, values, index, counts, lengths, reserve=reserve)
+    store = RaggedStore.gathered(keys, values, *packed(index), lengths, reserve=reserve)
     entries = [
         [
             [(i - seq_len + lengths[b], keys[b, h, i], values[b, h, i]) for i in index[b, h, :n].tolist()]
@@ -87,7 +93,7 @@ def test_random_life(lengths, counts, device):
                     picked = torch.randperm(len(entries[b][h]), generator=generator)[:n].sort().values
                     index[b, h, :n] = picked.int()
                     entries[b][h] = [entries[b][h][i] for i in picked.tolist()]
-            store.keep(index.to(device), counts)
+            store.keep(*packed(index.to(device)))
         else:
             order = torch.randint(0, batch, (batch,), generator=generator)
             store.select_rows(order.to(device))
@@ -127,8 +133,56 @@ def test_memory_is_the_heads_own(device):
         store.append(*(torch.randn(1, HEADS, 1, DIM, device=device) for _ in range(2)))
     assert store.keys.data_ptr() == address  # appended in place
     index = torch.arange(5, dtype=torch.int32, device=device).expand(1, HEADS, 5)
-    store.keep(index, [[5, 5, 5]])
+    store.keep(*packed(index))
     assert store.nbytes <= (15 + 3 * 16) * entry + 64
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_cuts_that_free_little_stay_in_place(extra, device):
+    """As long as the buffer is at most twice the room larger than what is kept: the same memory, and no more of it."""
+    reserve = 8
+    store, entries = fresh([500], 500, [[400, 60, 200]], device, reserve=reserve)
+    addresses = [t.data_ptr() for t in store.tensors.values()]
+    drop = HEADS * reserve + extra  # the room is there already
+    kept = [[head[(drop if h == 0 else 0) :] for h, head in enumerate(row)] for row in entries]
+    counts = torch.tensor([400 - drop, 60, 200], device=device)
+    begin = torch.tensor([drop, 0, 0], device=device)
+    indptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    index = torch.cat([torch.arange(b, b + n, device=device) for b, n in zip(begin.tolist(), counts.tolist())]).int()
+    store.keep(index, indptr)
+    assert_holds(store, kept)
+    assert ([t.data_ptr() for t in store.tensors.values()] == addresses) == (extra == 0)
+    seen = [500]
+    for new in (3, 5, 9, 1):  # the room behind each head is still there, then renewed
+        keys, values = (torch.randn(1, HEADS, new, DIM, device=device) for _ in range(2))
+        store.append(keys, values)
+        add(kept, seen, keys, values, [new])
+        assert_holds(store, kept)
+
+
+@pytest.mark.cuda
+def test_what_a_cut_allocates():
+    """In place: the index' size. Into smaller buffers: one of them at a time beside the old ones."""
+    n, dim, device = 4096, 128, "cuda"
+    keys = torch.randn(1, 8, n, dim, device=device, dtype=torch.bfloat16)
+
+    def cut(store, each):
+        index = torch.arange(each, dtype=torch.int32, device=device).repeat(8)
+        indptr = each * torch.arange(9, dtype=torch.int32, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        store.keep(index, indptr)
+        return torch.cuda.max_memory_allocated() - before
+
+    def stored(reserve):
+        index = torch.arange(n, dtype=torch.int32, device=device).repeat(8)
+        indptr = n * torch.arange(9, dtype=torch.int32, device=device)
+        return RaggedStore.gathered(keys, keys, index, indptr, [n], reserve=reserve)
+
+    assert cut(stored(512), n - 512) <= 64 * 1024
+    one = 8 * (n // 2 + 16) * dim * 2
+    assert cut(stored(16), n // 2) <= one + 16 * 8 * n  # indices of the entries, 8 bytes each
 
 
 def test_crop(device):
@@ -179,14 +233,18 @@ def test_a_decode_step_is_two_launches_and_the_attention(device):
 
 def test_counts_on_the_device_are_not_waited_for(device):
     """Built from device counts and a known sum, the host learns the lengths when it asks for them."""
-    counts = torch.tensor([[5, 9, 2]], dtype=torch.int32, device=device)
-    index = ragged_index([20], 20, counts.tolist(), device)
+    index, indptr = packed(ragged_index([20], 20, [[5, 9, 2]], device))
     keys, values = (torch.randn(1, HEADS, 20, DIM, device=device) for _ in range(2))
     with Launches() as seen:
-        store = RaggedStore.gathered(keys, values, index, counts, [20], total=16, reserve=4)
+        store = RaggedStore.gathered(keys, values, index, indptr, [20], reserve=4)
         store.append(keys[:, :, :1], values[:, :, :1])
         assert store.seen == [21]
         assert not store.is_complete
+        for each in (2, 1):  # into new buffers, and in place
+            few = torch.arange(each, dtype=torch.int32, device=device).repeat(3)
+            store.keep(few, each * torch.arange(4, dtype=torch.int32, device=device))
+            store.reserve = 1
+        store.append(keys[:, :, :3], values[:, :, :3])  # renews the room
     assert "aten::_local_scalar_dense" not in seen.names  # what .item() and .tolist() call
-    assert store.head_lengths == [[6, 10, 3]]
-    assert store.max_length == 10
+    assert store.head_lengths == [[4, 4, 4]]
+    assert store.max_length == 4

@@ -49,17 +49,19 @@ def gather(tensors: Sequence[Tensor], index: Tensor, capacity: int) -> list[Tens
     return outs
 
 
-def gather_ragged(tensors: Sequence[Tensor], index: Tensor, row_start: Tensor, total: int) -> list[Tensor]:
+def gather_ragged(
+    tensors: Sequence[Tensor], index: Tensor, indptr: Tensor, row_start: Tensor, total: int
+) -> list[Tensor]:
     """As kvcompress.gather_ragged."""
-    heads, starts = index.shape[1], row_start.tolist()
+    parts, starts, entries = indptr.tolist(), row_start.tolist(), index.tolist()
     outs = []
     for t in tensors:
+        heads = len(starts) // max(t.shape[0], 1)
         out = torch.zeros((total, *t.shape[3:]), dtype=t.dtype, device=t.device)
-        for b, rows in enumerate(index.tolist()):
-            for h, entries in enumerate(rows):
-                for i, entry in enumerate(entries):
-                    if entry >= 0:
-                        out[starts[b * heads + h] + i] = t[b, h // (heads // t.shape[1]), entry]
+        for row, start in enumerate(starts):
+            for i, entry in enumerate(entries[parts[row] : parts[row + 1]]):
+                if entry >= 0:
+                    out[start + i] = t[row // heads, row % heads // (heads // t.shape[1]), entry]
         outs.append(out)
     return outs
 

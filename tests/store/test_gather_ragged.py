@@ -14,16 +14,24 @@ from tests.reference import store as reference
 from tests.store.test_compact import DTYPES, fill, full, several
 
 
-def starts(index, room):
-    """Heads one after the other, `room` free slots behind each: row_start and the total."""
-    counts = (index >= 0).sum(-1).flatten() + room
-    return (counts.cumsum(0) - counts).to(index.device), int(counts.sum())
+def packed(index, room, gaps=True):
+    """A padded index packed, `room` free slots behind each head: index, indptr, row_start and the total.
+
+    With `gaps`, every other head keeps one -1 at its end.
+    """
+    counts = (index >= 0).sum(-1).flatten()
+    stretch = counts + room
+    parts = [row[: n + (gaps and at % 2 and n < index.shape[2])] for at, (row, n) in enumerate(
+        zip(index.flatten(0, 1), counts.tolist()))]  # fmt: skip
+    indptr = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).int()
+    row_start = (stretch.cumsum(0) - stretch).to(index.device)
+    return torch.cat(parts), indptr.to(index.device), row_start, int(stretch.sum())
 
 
 def check(tensors, index, room=0):
-    row_start, total = starts(index, room)
-    out = kvcompress.gather_ragged(tensors, index, row_start, total=total)
-    expected = reference.gather_ragged([t.cpu() for t in tensors], index.cpu(), row_start, total)
+    *arrays, total = packed(index, room)
+    out = kvcompress.gather_ragged(tensors, *arrays, total=total)
+    expected = reference.gather_ragged([t.cpu() for t in tensors], *(t.cpu() for t in arrays), total)
     for o, e in zip(out, expected):
         assert o.is_contiguous()
         assert torch.equal(o.cpu(), e)
@@ -58,10 +66,27 @@ def test_query_heads_and_strides(device):
 
 def test_empty(device):
     index = torch.full((2, 3, 4), -1, dtype=torch.int32, device=device)
-    (out,) = kvcompress.gather_ragged([fill((2, 3, 9, 8), torch.float32, device)], index, starts(index, 2)[0], total=12)
-    assert not out.any()
-    (out,) = kvcompress.gather_ragged([fill((2, 3, 9, 8), torch.float32, device)], index, starts(index, 0)[0], total=0)
-    assert out.shape == (0, 8)
+    for room in (2, 0):
+        *arrays, total = packed(index, room)
+        (out,) = kvcompress.gather_ragged([fill((2, 3, 9, 8), torch.float32, device)], *arrays, total=total)
+        assert out.shape == (6 * room, 8)
+        assert not out.any()
+
+
+def test_from_topk_ragged(device):
+    """The packed index of topk_ragged goes in as it is, heads that keep nothing and slots too many included."""
+    scores = torch.randn(2, 4, 50, device=device)
+    counts = torch.tensor([[3, 0, 50, 7], [0, 1, 20, 0]], dtype=torch.int32, device=device)
+    keys = fill((2, 4, 50, 16), torch.bfloat16, device)
+    for spare in (0, 5):
+        index, indptr = kvcompress.topk_ragged(scores, counts, total=81 + spare)
+        (out,) = kvcompress.gather_ragged([keys], index, indptr, indptr[:-1].long(), total=81)
+        expected = [
+            keys[b, h, scores[b, h].topk(n).indices.sort().values]
+            for b, row in enumerate(counts.tolist())
+            for h, n in enumerate(row)
+        ]
+        assert torch.equal(out, torch.cat(expected))
 
 
 @settings(deadline=None, max_examples=100)
@@ -75,16 +100,8 @@ def test_fuzz(data):
 
 
 def samples(device):
-    index = uneven(2, 6, 12, 30, device)
-    row_start, total = starts(index, 4)
-    return [
-        (
-            [fill((2, 3, 30, 16), torch.bfloat16, device), fill((2, 6, 30), torch.float32, device)],
-            index,
-            row_start,
-            total,
-        )
-    ]
+    tensors = [fill((2, 3, 30, 16), torch.bfloat16, device), fill((2, 6, 30), torch.float32, device)]
+    return [(tensors, *packed(uneven(2, 6, 12, 30, device), 4))]
 
 
 def wrong(**changes):
@@ -93,7 +110,8 @@ def wrong(**changes):
     def args(device):
         good = {
             "tensors": [torch.randn(2, 3, 6, 4, device=device)],
-            "index": torch.arange(5, dtype=torch.int32, device=device).expand(2, 3, 5),
+            "index": torch.arange(5, dtype=torch.int32, device=device).repeat(6),
+            "indptr": torch.arange(0, 31, 5, dtype=torch.int32, device=device),
             "row_start": torch.arange(6, device=device) * 5,
             "total": 30,
         }
@@ -106,10 +124,23 @@ def wrong(**changes):
 NAME = "gather_ragged"
 BAD = [
     Bad("no_tensors", wrong(tensors=several()), f"{NAME}: tensors must be 1 to 8 tensors, got 0"),
-    Bad("batch", wrong(tensors=several(full(1, 3, 6, 4))), f"{NAME}: tensors must be of the batch of index (2)"),
-    Bad("index_dtype", wrong(index=full(2, 3, 5, dtype=torch.int64)), f"{NAME}: index must be int32, got int64"),
+    Bad("rank", wrong(index=full(2, 3, 5, dtype=torch.int32)), f"{NAME}: index must be [entries], got 3D"),
+    Bad("index_dtype", wrong(index=full(30, dtype=torch.int64)), f"{NAME}: index must be int32, got int64"),
     Bad(
-        "index_heads", wrong(index=full(2, 4, 5, dtype=torch.int32)), f"{NAME}: index must be of a multiple of 3 heads"
+        "batch",
+        wrong(tensors=several(full(2, 3, 6, 4), full(1, 3, 6, 4))),
+        f"{NAME}: tensors must be of the batch (2) and seq_len (6) of tensors[0], got [1, 3, 6, 4] at [1]",
+    ),
+    Bad(
+        "indptr",
+        wrong(indptr=full(8, dtype=torch.int32)),
+        f"{NAME}: indptr must be [batch * heads + 1] for a batch of 2, got 1D [8]",
+    ),
+    Bad("indptr_dtype", wrong(indptr=full(7, dtype=torch.int64)), f"{NAME}: indptr must be int32, got int64"),
+    Bad(
+        "heads",
+        wrong(indptr=full(9, dtype=torch.int32), row_start=full(8, dtype=torch.int64)),
+        f"{NAME}: indptr must be of a multiple of 3 heads, got 4 at [0]",
     ),
     Bad(
         "row_start",

@@ -141,6 +141,14 @@ class BestOfLayer:
     def is_exact(self) -> bool:
         return self.share is None and self.page_size == 1
 
+    @property
+    def is_exact_bound(self) -> bool:
+        return self.is_exact
+
+    @property
+    def is_nested(self) -> bool:
+        return True
+
     def __call__(self, scores: Tensor, counts: Sequence[int], *, layer: int = 0) -> Tensor:
         heads = scores.shape[1]
         real = (scores > -torch.inf).sum(-1)

@@ -161,6 +161,9 @@ class EntropyShare(Budget):
         """The most that any scores can give one layer: all of the total."""
         return [min(n, layer.num_layers * entries(self.budget, n)) for n in layer.lengths]
 
+    def keeps_all(self, length: int) -> bool:
+        return entries(self.budget, length) >= length
+
     def measure(self, layer: LayerState, scores: Scores) -> Tensor:
         """Normalised entropy of all free scores of a layer, ``[batch]`` float64, in [0, 1]; 1 where fewer than two are free."""
         counts = [entries(self.budget, n) for n in layer.lengths]

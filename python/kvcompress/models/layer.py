@@ -158,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
                 self._cut(key.detach(), value.detach(), query.detach(), lengths, lse=lse, output=output)
             else:
                 self.store = DenseStore.from_prefill(key.detach(), value.detach(), lengths, reserve=self.reserve)
-            if self.is_complete:
+            if not cut or (self.is_complete and self.pipeline is not None and self.pipeline.may_keep_all(lengths)):
                 self._keep_queries(query.detach(), output, real)
         else:
             self.store.append(key.detach(), value.detach(), real)

@@ -14,7 +14,7 @@ from kvcompress.heads import AdaptiveHeads
 from kvcompress.layer import LayerState
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline
-from kvcompress.select import topk_heads
+from kvcompress.select import topk_ragged
 from tests.methods.golden import Golden
 from tests.methods.ragged import assert_rows
 
@@ -105,7 +105,9 @@ def kvpress(case: Golden) -> None:
     kept = case.take("n_kept")
     assert kept == int(seq_len * (1 - case.take("compression_ratio")))
     heads = AdaptiveHeads(floor=case.take("alpha_safeguard"), rounding="safeguard")
-    index = topk_heads(scores, heads(scores, [kept] * batch)).long()
-    mask = torch.zeros(*scores.shape[:2], seq_len + 1, dtype=torch.uint8)
-    mask.scatter_(2, torch.where(index < 0, seq_len, index), 1)
-    assert torch.equal(mask[..., :seq_len], case["keep"])
+    counts = heads(scores, [kept] * batch)
+    index, indptr = topk_ragged(scores, counts, total=int(counts.sum()))
+    mask = torch.zeros(scores.shape, dtype=torch.uint8)
+    for row, columns in zip(mask.view(-1, seq_len), index.tensor_split(indptr[1:-1].long())):
+        row[columns.long()] = 1
+    assert torch.equal(mask, case["keep"])

@@ -11,7 +11,7 @@ import torch
 from kvcompress.layer import LayerState
 from kvcompress.methods import create
 from kvcompress.pipeline import Pipeline
-from kvcompress.select import topk_heads
+from kvcompress.select import topk_ragged
 from tests.methods.golden import Golden
 from tests.methods.ragged import assert_rows, kept
 
@@ -83,4 +83,5 @@ def frozen(stages, scores: torch.Tensor, budgets: list[int], prefix: int, window
     counts = stages.heads(scores, [cuts[0] + window])
     if len(cuts) > 1:
         counts = counts.minimum(stages.heads(scores, [cuts[-1] + window], weighed_at=[cuts[1] + window]))
-    return [[i for i in head if i >= 0] for head in topk_heads(scores, counts)[0].tolist()]
+    index, indptr = topk_ragged(scores, counts, total=int(counts.sum()))
+    return [head.tolist() for head in index.tensor_split(indptr[1:-1].long())]
