@@ -125,10 +125,10 @@ Result attend(const Tensor& q, double softmax_scale, bool return_logits,
   const int64_t slots = params.max_workers + params.num_rows();
   Tensor partial_out = torch::stable::new_empty(q, {slots, params.slice(), params.head_dim}, f32);
   Tensor partial_stats = torch::stable::new_empty(q, {slots, params.slice(), 2}, f32);
-  Tensor tile_start = torch::stable::new_empty(q, {params.num_stores() + 2}, ScalarType::Long);
+  Tensor owners = torch::stable::new_empty(q, {params.num_rows(), 2}, ScalarType::Int);
   params.partial_out = partial_out.mutable_data_ptr<float>();
   params.partial_stats = partial_stats.mutable_data_ptr<float>();
-  params.tile_start = tile_start.mutable_data_ptr<int64_t>();
+  params.owners = owners.mutable_data_ptr<int32_t>();
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr<float>();
   params.logits = return_logits ? logits.mutable_data_ptr<float>() : nullptr;

@@ -32,6 +32,7 @@
 #include <cstdint>
 
 #include "host/dtype.h"
+#include "host/fast_divisor.h"
 #include "host/unit_counts.h"
 
 namespace kvc {
@@ -74,6 +75,57 @@ struct ObservedParams {
   constexpr bool any() const { return sums != nullptr || history != nullptr; }
 };
 
+// The parts of a line of tiles, each of one worker; workers without a tile do not exist. All parts
+// are equal but for one tile. 32 bits: 2^31 tiles are more keys than any memory holds.
+struct AttendParts {
+  uint32_t workers = 0;
+  uint32_t each = 0, longer = 0;  // tiles of a part, the first `longer` ones one more
+
+  constexpr AttendParts(int64_t num_tiles, int64_t available) {
+    const auto tiles = static_cast<uint32_t>(num_tiles), most = static_cast<uint32_t>(available);
+    if (tiles == 0 || most == 0) return;
+    workers = tiles < most ? tiles : most;
+    each = tiles / workers;
+    longer = tiles - each * workers;
+  }
+  constexpr uint32_t begin(uint32_t worker) const {
+    return worker * each + (worker < longer ? worker : longer);
+  }
+  constexpr uint32_t owner(uint32_t tile) const {
+    const uint32_t in_longer = longer * (each + 1);
+    return tile < in_longer ? tile / (each + 1) : longer + (tile - in_longer) / each;
+  }
+};
+
+// Better parts of the line, what does not depend on its tiles: at every border of rows (a row is one
+// slice of query rows of one store) inside a part the warps of its worker meet and start anew.
+// Where all rows have equally many tiles, parts divide rows or are made of whole ones, unless that
+// leaves more than a tenth of the workers idle. Where rows are few and differ, every row is cut
+// for itself, into parts of as many tiles as the line would have if the last part of every row were
+// whole.
+struct AttendPlan {
+  uint32_t rows = 0, most = 0;                        // of the line; workers there are
+  uint32_t pieces = 1, rows_a_part = 1, workers = 0;  // parts of a row or rows of a part
+  bool is_even = false, has_spare = false;
+  FastDivisor by_most, by_pieces, by_spare;
+
+  constexpr AttendPlan() = default;
+  constexpr AttendPlan(int64_t num_rows, int64_t available)
+      : rows(static_cast<uint32_t>(num_rows)), most(static_cast<uint32_t>(available)) {
+    if (rows == 0 || most == 0) return;
+    pieces = rows < most ? most / rows : 1;
+    rows_a_part = (rows + most - 1) / most;
+    workers = rows < most ? rows * pieces : (rows + rows_a_part - 1) / rows_a_part;
+    is_even = 10 * workers >= 9 * most;
+    by_most = FastDivisor(most);
+    by_pieces = FastDivisor(pieces);
+    has_spare = 4 * rows <= most;
+    if (has_spare) by_spare = FastDivisor(most - rows);
+  }
+  // A row has one worker, if all rows have equally many tiles.
+  constexpr bool keeps_rows_whole() const { return is_even && pieces == 1; }
+};
+
 struct DecodeAttentionParams {
   const void* q;  // [batch, num_q_heads, num_queries, head_dim], last dimension contiguous
   const void* k;  // dense: BHSD [batch, num_kv_heads, width, head_dim]; ragged: packed
@@ -86,7 +138,7 @@ struct DecodeAttentionParams {
   bool fill_logits;      // -inf where nothing is visible; else nothing is written there
   float* partial_out;    // [max_workers + num_rows()][slice][head_dim] scratch
   float* partial_stats;  // [max_workers + num_rows()][slice][2] scratch: max, sum
-  int64_t* tile_start;   // [batch * num_kv_heads + 1] scratch: tiles of the stores before
+  int32_t* owners;       // CUDA: [num_rows()][2] scratch: which workers hold partials, see owners_of
   int64_t batch, num_q_heads, num_kv_heads, num_queries, head_dim;
   int64_t width;  // upper bound of the lengths
   int64_t max_workers;
@@ -99,15 +151,20 @@ struct DecodeAttentionParams {
   float* step_logits;       // CUDA, the latter: in base 2, -inf where not visible
   DType dtype;
 
-  // Filled by plan(): divisions of 64-bit numbers cost a GPU about a hundred instructions each, and
-  // what a worker needs of them is the same for all.
+  // Filled by plan(): divisions cost a GPU up to a hundred instructions each, and what a worker
+  // needs of them is the same for all.
   int32_t q_per_kv, rows, rows_a_slice, slices_a_store;
+  FastDivisor by_heads, by_queries, by_slices;
+  AttendPlan parts;  // CUDA, filled by the launcher that knows its workers
 
   void plan() {
     q_per_kv = static_cast<int32_t>(num_q_heads / num_kv_heads);
     rows = q_per_kv * static_cast<int32_t>(num_queries);
     rows_a_slice = std::min(rows, static_cast<int32_t>(shape().max_slice));
     slices_a_store = (rows + rows_a_slice - 1) / rows_a_slice;
+    by_heads = FastDivisor(static_cast<uint32_t>(num_kv_heads));
+    by_queries = FastDivisor(static_cast<uint32_t>(num_queries));
+    by_slices = FastDivisor(static_cast<uint32_t>(slices_a_store));
   }
 
   constexpr AttendShape shape() const { return attend_shape(head_dim, dtype == DType::kFloat32); }
@@ -117,7 +174,7 @@ struct DecodeAttentionParams {
   constexpr int64_t slices() const { return slices_a_store; }
   constexpr int64_t num_rows() const { return num_stores() * slices(); }  // store by store
   constexpr uint32_t row_of_batch(int64_t store) const {
-    return static_cast<uint32_t>(store) / static_cast<uint32_t>(num_kv_heads);
+    return by_heads.quotient(static_cast<uint32_t>(store));
   }
   constexpr uint32_t kv_head(int64_t store) const {
     return static_cast<uint32_t>(store) - row_of_batch(store) * static_cast<uint32_t>(num_kv_heads);
@@ -148,7 +205,7 @@ struct DecodeAttentionParams {
   }
   // Element 0 of packed row r of a store in q.
   constexpr int64_t q_offset(int64_t store, int64_t r) const {
-    const uint32_t in_group = static_cast<uint32_t>(r) / static_cast<uint32_t>(num_queries);
+    const uint32_t in_group = by_queries.quotient(static_cast<uint32_t>(r));
     const uint32_t i = static_cast<uint32_t>(r) - in_group * static_cast<uint32_t>(num_queries);
     return row_of_batch(store) * q_batch_stride +
            (kv_head(store) * static_cast<int64_t>(q_per_kv) + in_group) * q_head_stride +
@@ -157,62 +214,6 @@ struct DecodeAttentionParams {
   // Its number in out, lse and logits: store * packed_rows() + r, since heads of a group are
   // neighbours.
   constexpr int64_t out_row(int64_t store, int64_t r) const { return store * packed_rows() + r; }
-};
-
-// The parts of a line of tiles, each of one worker; workers without a tile do not exist. A row of
-// the line is one slice of query rows of one store. Where all rows have `row_tiles` tiles, and that
-// leaves at most a tenth of the workers idle, parts begin and end with rows or divide them: at
-// every border inside a part the warps of its worker meet and start anew. Else all parts are equal
-// but for one tile. 32 bits: 2^32 tiles are more keys than any memory holds.
-struct AttendParts {
-  uint32_t workers = 0;
-  uint32_t row_tiles = 0;  // 0: equal parts of the line
-  uint32_t pieces = 1;     // parts of a row
-  uint32_t rows = 1;       // rows of a part
-  uint32_t each = 0,
-           longer = 0;  // tiles of a part, the first `longer` ones of the line or row one more
-  uint32_t tiles = 0;
-
-  constexpr AttendParts(int64_t num_tiles, int64_t available, uint32_t tiles_of_all_rows = 0)
-      : tiles(static_cast<uint32_t>(num_tiles)) {
-    const auto most = static_cast<uint32_t>(available);
-    if (tiles == 0 || most == 0) return;
-    if (tiles_of_all_rows > 0) {
-      const uint32_t all = tiles / tiles_of_all_rows;
-      pieces = all < most ? most / all : 1;
-      if (pieces > tiles_of_all_rows) pieces = tiles_of_all_rows;
-      rows = (all + most - 1) / most;
-      workers = all < most ? all * pieces : (all + rows - 1) / rows;
-      if (10 * workers >= 9 * most || pieces == tiles_of_all_rows) {
-        row_tiles = tiles_of_all_rows;
-        each = row_tiles / pieces;
-        longer = row_tiles - each * pieces;
-        return;
-      }
-    }
-    workers = tiles < most ? tiles : most;
-    each = tiles / workers;
-    longer = tiles - each * workers;
-  }
-  constexpr uint32_t begin(uint32_t worker) const {
-    if (row_tiles == 0) return start(worker);
-    const uint32_t row = worker / pieces * rows, at = row * row_tiles;
-    return at < tiles ? at + start(worker % pieces) : tiles;
-  }
-  constexpr uint32_t owner(uint32_t tile) const {
-    if (row_tiles == 0) return holder(tile);
-    const uint32_t row = tile / row_tiles;
-    return pieces > 1 ? row * pieces + holder(tile - row * row_tiles) : row / rows;
-  }
-
- private:
-  constexpr uint32_t start(uint32_t part) const {
-    return pieces == 1 && row_tiles > 0 ? 0 : part * each + (part < longer ? part : longer);
-  }
-  constexpr uint32_t holder(uint32_t tile) const {
-    const uint32_t in_longer = longer * (each + 1);
-    return tile < in_longer ? tile / (each + 1) : longer + (tile - in_longer) / each;
-  }
 };
 
 // The scratch slot of a partial result. From one partial to the next along the line the worker or

@@ -268,11 +268,11 @@ class Worker {
 
 // Adds up the partials of one row of a store, in the order of their workers.
 template <typename T>
-void merge(const DecodeAttentionParams& p, const AttendParts& parts, int64_t store, int64_t r,
-           float* sums) {
-  const int64_t tiles = p.tile_start[store + 1] - p.tile_start[store];
+void merge(const DecodeAttentionParams& p, const AttendParts& parts,
+           const std::vector<int64_t>& tile_start, int64_t store, int64_t r, float* sums) {
+  const int64_t tiles = tile_start[store + 1] - tile_start[store];
   const int64_t slice = r / p.slice(), row = store * p.slices() + slice;
-  const int64_t first = p.tile_start[store] * p.slices() + slice * tiles;
+  const int64_t first = tile_start[store] * p.slices() + slice * tiles;
   const int64_t begin = tiles > 0 ? parts.owner(first) : 0;
   const int64_t end = tiles > 0 ? parts.owner(first + tiles - 1) + 1 : 0;
   const auto at = [&](int64_t w) { return attend_slot(w, row) * p.slice() + r % p.slice(); };
@@ -310,19 +310,19 @@ void observe(const DecodeAttentionParams& p, int64_t store, int64_t begin, int64
 template <typename T>
 void run(const DecodeAttentionParams& p) {
   const int64_t tile = p.shape().tile, slices = p.slices(), rows = p.packed_rows();
-  p.tile_start[0] = 0;
+  std::vector<int64_t> tile_start(p.num_stores() + 1);  // tiles of the stores before
   for (int64_t store = 0; store < p.num_stores(); ++store) {
-    p.tile_start[store + 1] = p.tile_start[store] + (p.length(store) + tile - 1) / tile;
+    tile_start[store + 1] = tile_start[store] + (p.length(store) + tile - 1) / tile;
   }
-  const AttendParts parts(p.tile_start[p.num_stores()] * slices, std::min(kWorkers, p.max_workers));
+  const AttendParts parts(tile_start.back() * slices, std::min(kWorkers, p.max_workers));
   parallel_for(0, parts.workers, 1, [&](int64_t begin_worker, int64_t end_worker) {
     Worker<T> worker(p);
     int64_t store = 0;
     for (int64_t w = begin_worker; w < end_worker; ++w) {
       for (int64_t at = parts.begin(w), end = parts.begin(w + 1); at < end;) {
-        while (p.tile_start[store + 1] * slices <= at) ++store;
-        const int64_t tiles = p.tile_start[store + 1] - p.tile_start[store];
-        const int64_t into = at - p.tile_start[store] * slices, slice = into / tiles;
+        while (tile_start[store + 1] * slices <= at) ++store;
+        const int64_t tiles = tile_start[store + 1] - tile_start[store];
+        const int64_t into = at - tile_start[store] * slices, slice = into / tiles;
         const int64_t first = into % tiles, last = std::min(tiles, first + end - at);
         worker.attend(store, slice, first, last, attend_slot(w, store * slices + slice));
         at += last - first;
@@ -331,7 +331,9 @@ void run(const DecodeAttentionParams& p) {
   });
   parallel_for(0, p.num_stores() * rows, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> sums(p.head_dim);
-    for (int64_t i = begin; i < end; ++i) merge<T>(p, parts, i / rows, i % rows, sums.data());
+    for (int64_t i = begin; i < end; ++i) {
+      merge<T>(p, parts, tile_start, i / rows, i % rows, sums.data());
+    }
   });
   if (!p.observed.any()) return;
   const int64_t chunks = (p.width + kObserveKeys - 1) / kObserveKeys;

@@ -1,4 +1,5 @@
-// decode_attention on CUDA: two launches, the workers and the merge.
+// decode_attention on CUDA: two launches, the workers and the merge; one where every worker has
+// whole stores and the host knows.
 //
 // The second launch is cheaper than its reputation. With both launched early (programmatic
 // dependent launch) the merge's blocks are resident when the last worker ends, and the next call's
@@ -22,6 +23,10 @@ void decode_attention_cuda(const DecodeAttentionParams& params, void* stream) {
     p.logits = p.observed_scratch;
   }
   const int64_t workers = is_few ? decode_few_rows_cuda(p, on) : decode_many_rows_cuda(p, on);
+  if (is_few && workers > 0 && p.lengths.data == nullptr && !p.observed.any() && !p.fill_logits &&
+      AttendPlan(p.num_rows(), workers).keeps_rows_whole()) {
+    return;  // the workers have written all that there is
+  }
   decode_merge_cuda(p, workers, on);
 }
 

@@ -30,11 +30,12 @@
 namespace kvc {
 namespace {
 
-template <typename T, int kDim_, int kBlocks_>
+template <typename T, int kDim_, int kBlocks_, bool kIsFull_>
 struct Few {
   using Element = T;
   static constexpr int kDim = kDim_;
-  static constexpr int kBlocks = kBlocks_;  // of 8 query rows
+  static constexpr bool kIsFull = kIsFull_;  // head_dim is kDim, not less
+  static constexpr int kBlocks = kBlocks_;   // of 8 query rows
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kKeys = static_cast<int>(kStepKeys);
@@ -44,9 +45,11 @@ struct Few {
   static constexpr int kRowFloats = kDim + 4;    // of a row's sums in shared memory
   // Short rows keep fewer bytes under way: two blocks a multiprocessor then.
   static constexpr int kResident = kDim == 64 && kBlocks == 1 ? 2 : 1;
+  // Three quarters of a multiprocessor's, so that a block of the merge may wait beside.
+  static constexpr int kRegisters = kResident == 2 ? 128 : kBlocks == 1 ? 192 : 255;
   // exp2 starts this far above 1, so that half precision does not lose small probabilities.
   static constexpr float kHeadroom = std::is_same_v<T, __half> ? 12.0f : 0.0f;
-  static_assert(kDim % 64 == 0);
+  static_assert(kDim % 64 == 0 && kWarps % 4 == 0);
 };
 
 // Past L1: nobody reads it twice.
@@ -74,46 +77,47 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-// The steps of a worker, one after the other, as one of its warps takes them.
-template <typename X>
-struct Steps {
-  using T = typename X::Element;
-  const T *k, *v;
-  int64_t store, length;
-  uint32_t step, end, left;  // in this store; of the worker in later stores
+// Bytes from one row of K or V to the next; decode_few_rows_fits sees to it that 32 bits do.
+__device__ __forceinline__ uint32_t row_bytes(int64_t row_stride) {
+  return static_cast<uint32_t>(row_stride) * 2;
+}
 
-  // The part of the next store that has one.
-  __device__ __forceinline__ void open(const DecodeAttentionParams& p, uint32_t first, int warp) {
-    length = p.length(store);
-    const uint32_t tiles = static_cast<uint32_t>((length + X::kKeys - 1) / X::kKeys);
-    const uint32_t count = min(left, tiles - first);
-    k = static_cast<const T*>(p.k) + p.k_offset(store);
-    v = static_cast<const T*>(p.v) + p.v_offset(store);
-    step = first + warp;
-    end = first + count;
-    left -= count;
-  }
-  __device__ __forceinline__ bool next_store(const DecodeAttentionParams& p, int warp) {
-    if (left == 0) return false;
-    do ++store;
-    while (p.length(store) == 0);
-    open(p, 0, warp);
-    return true;
-  }
-  // To this warp's next step, in this store or a later one.
-  __device__ __forceinline__ void advance(const DecodeAttentionParams& p, int warp) {
-    step += X::kWarps;
-    while (step >= end && next_store(p, warp)) {
-    }
-  }
-  __device__ __forceinline__ bool is_there() const { return step < end; }
-  // Of this step, counted from its first.
-  __device__ __forceinline__ int last_key() const {
-    return static_cast<int>(min(length - static_cast<int64_t>(step) * X::kKeys,
-                                static_cast<int64_t>(X::kKeys))) -
-           1;
-  }
+// The steps of a worker, one after the other, as one of its warps takes them.
+struct Steps {
+  const char *k, *v;
+  uint32_t store, length;
+  uint32_t step, first, end;  // of this store; the worker's are [first, end)
+  uint32_t left;              // in later stores
 };
+
+// The part of steps.store that begins with step `first`; the store is not empty.
+template <typename X>
+__device__ __forceinline__ void open_store(const DecodeAttentionParams& p, Steps& at,
+                                           uint32_t first, int warp) {
+  at.length = length_of(p, at.store);
+  const uint32_t count = min(at.left, (at.length + X::kKeys - 1) / X::kKeys - first);
+  if (p.row_start != nullptr) {
+    const int64_t row = p.row_start[at.store];
+    at.k = static_cast<const char*>(p.k) + row * row_bytes(p.k_row_stride);
+    at.v = static_cast<const char*>(p.v) + row * row_bytes(p.v_row_stride);
+  } else {
+    const uint32_t b = p.row_of_batch(at.store), h = at.store - b * static_cast<uint32_t>(p.num_kv_heads);
+    at.k = static_cast<const char*>(p.k) + (b * p.k_batch_stride + h * p.k_head_stride) * 2;
+    at.v = static_cast<const char*>(p.v) + (b * p.v_batch_stride + h * p.v_head_stride) * 2;
+  }
+  at.first = first;
+  at.step = first + warp;
+  at.end = first + count;
+  at.left -= count;
+}
+template <typename X>
+__device__ __forceinline__ bool next_store(const DecodeAttentionParams& p, Steps& at, int warp) {
+  if (at.left == 0) return false;
+  do ++at.store;
+  while (length_of(p, at.store) == 0);
+  open_store<X>(p, at, 0, warp);
+  return true;
+}
 
 template <typename X>
 struct Warp {
@@ -123,69 +127,80 @@ struct Warp {
   uint32_t values[4][X::kValueUnits][4];
   float out[X::kValueUnits][4][X::kBlocks][4];  // [.][i]: head_dim 8 (l / 4) + 2 i and the next
   float most[X::kBlocks][2], sum[X::kBlocks][2];
-  int key_unit[X::kKeyUnits],
-      value_unit[X::kValueUnits];  // in elements; behind head_dim: a valid one
+  uint32_t behind[X::kBlocks][2];  // new tokens behind the row's own, which it does not see
+  // Of a lane, in bytes; behind head_dim: a valid one.
+  uint32_t key_unit[X::kKeyUnits], value_unit[X::kValueUnits];
 
-  __device__ __forceinline__ void place_units(int head_dim, int lane) {
+  __device__ __forceinline__ void place(const DecodeAttentionParams& p, int lane) {
+    const int last = (static_cast<int>(p.head_dim) - 8) * 2;
 #pragma unroll
     for (int i = 0; i < X::kKeyUnits; ++i) {
-      key_unit[i] = min((lane % 4 + 4 * i) * 8, head_dim - 8);
+      key_unit[i] = (lane % 4 + 4 * i) * 16;
+      if (!X::kIsFull) key_unit[i] = min(static_cast<int>(key_unit[i]), last);
     }
 #pragma unroll
     for (int i = 0; i < X::kValueUnits; ++i) {
-      value_unit[i] = min((lane / 4 + 8 * i) * 8, head_dim - 8);
+      value_unit[i] = (lane / 4 + 8 * i) * 16;
+      if (!X::kIsFull) value_unit[i] = min(static_cast<int>(value_unit[i]), last);
     }
   }
 
   // Rows behind the entries are read as the last entry: it is there, and what comes of it is
   // dropped.
-  __device__ __forceinline__ void load_keys(const DecodeAttentionParams& p, const Steps<X>& at,
+  __device__ __forceinline__ void load_keys(const DecodeAttentionParams& p, const Steps& at,
                                             int lane) {
-    const T* first = at.k + static_cast<int64_t>(at.step) * X::kKeys * p.k_row_stride;
-    const int last = at.last_key();
+    const uint32_t first = at.step * X::kKeys + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const T* row = first + min(lane / 4 + 8 * half, last) * p.k_row_stride;
+      const uint32_t row = min(first + 8 * half, at.length - 1);
+      const char* from = at.k + static_cast<uint64_t>(row) * row_bytes(p.k_row_stride);
 #pragma unroll
-      for (int i = 0; i < X::kKeyUnits; ++i) load_unit(keys[half][i], row + key_unit[i]);
+      for (int i = 0; i < X::kKeyUnits; ++i) load_unit(keys[half][i], from + key_unit[i]);
     }
   }
-  __device__ __forceinline__ void load_values(const DecodeAttentionParams& p, const Steps<X>& at,
+  __device__ __forceinline__ void load_values(const DecodeAttentionParams& p, const Steps& at,
                                               int lane) {
-    const T* first = at.v + static_cast<int64_t>(at.step) * X::kKeys * p.v_row_stride;
-    const int last = at.last_key();
+    const uint32_t first = at.step * X::kKeys + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const T* row = first + min(lane % 4 * 2 + i % 2 + i / 2 * 8, last) * p.v_row_stride;
+      const uint32_t row = min(first + i % 2 + i / 2 * 8, at.length - 1);
+      const char* from = at.v + static_cast<uint64_t>(row) * row_bytes(p.v_row_stride);
 #pragma unroll
       for (int unit = 0; unit < X::kValueUnits; ++unit) {
-        load_unit(values[i][unit], row + value_unit[unit]);
+        load_unit(values[i][unit], from + value_unit[unit]);
       }
     }
   }
 
-  __device__ __forceinline__ void start(const DecodeAttentionParams& p, int64_t store, int rows,
+  // The query rows of a store; where there are fewer than kRows, the last one again.
+  __device__ __forceinline__ void start(const DecodeAttentionParams& p, uint32_t store, int rows,
                                         int lane) {
-    const int head_dim = static_cast<int>(p.head_dim);
 #pragma unroll
     for (int block = 0; block < X::kBlocks; ++block) {
-      const int r = block * 8 + lane / 4;
-      const T* row = static_cast<const T*>(p.q) + p.q_offset(store, min(r, rows - 1));
+      const int r = min(block * 8 + lane / 4, rows - 1);
+      const char* row = static_cast<const char*>(p.q) + p.q_offset(store, r) * 2;
+#pragma unroll
+      for (int i = 0; i < X::kKeyUnits; ++i) load_unit(q[block][i], row + key_unit[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < X::kBlocks * 2; ++i) {
+      const uint32_t r = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      const uint32_t queries = static_cast<uint32_t>(p.num_queries);
+      behind[i / 2][i % 2] = queries - 1 - (r - p.by_queries.quotient(r) * queries);
+      most[i / 2][i % 2] = -INFINITY;
+      sum[i / 2][i % 2] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < X::kValueUnits * 16 * X::kBlocks; ++i) {
+      out[i / (16 * X::kBlocks)][i / (4 * X::kBlocks) % 4][i / 4 % X::kBlocks][i % 4] = 0;
+    }
+    if constexpr (!X::kIsFull) {  // behind head_dim keys are read twice
 #pragma unroll
       for (int i = 0; i < X::kKeyUnits; ++i) {
-        load_unit(q[block][i], row + key_unit[i]);
-        if (r >= rows || (lane % 4 + 4 * i) * 8 >= head_dim) {
+        if ((lane % 4 + 4 * i) * 8 < p.head_dim) continue;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) q[block][i][j] = 0;
-        }
+        for (int j = 0; j < X::kBlocks * 4; ++j) q[j / 4][i][j % 4] = 0;
       }
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        most[block][column] = -INFINITY;
-        sum[block][column] = 0;
-      }
-#pragma unroll
-      for (int i = 0; i < X::kValueUnits * 16; ++i) out[i / 16][i / 4 % 4][block][i % 4] = 0;
     }
   }
 
@@ -211,27 +226,20 @@ struct Warp {
 
   // Logits become exp2(x - max + headroom), and the sums of before shrink to the new max.
   __device__ __forceinline__ void softmax(const DecodeAttentionParams& p, float (&x)[X::kBlocks][4],
-                                          int64_t store, int64_t first, int64_t length, int rows,
-                                          int lane) {
+                                          const Steps& at, uint32_t step, int rows, int lane) {
+    const uint32_t key = step * X::kKeys + lane / 4;
+    if (p.logits != nullptr) return_logits(p, x, at, key, rows, lane);
     float now[X::kBlocks][2];
     bool grown = false;
 #pragma unroll
     for (int i = 0; i < X::kBlocks * 2; ++i) {
       const int block = i / 2, column = i % 2;
-      const int r = block * 8 + lane % 4 * 2 + column;
-      const int behind = static_cast<int>(p.num_queries) - 1 - r % static_cast<int>(p.num_queries);
-      float highest = -INFINITY;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t key = first + lane / 4 + half * 8;
-        float& value = x[block][2 * half + column];
-        const bool seen = key + behind < length;
-        if (p.logits != nullptr && seen && r < rows) {
-          p.logits[p.out_row(store, r) * p.width + key] = value * p.softmax_scale;
-        }
-        value = seen ? value * p.scale_log2 : -INFINITY;
-        highest = fmaxf(highest, value);
-      }
+      float& early = x[block][column];
+      float& late = x[block][2 + column];
+      const uint32_t seen = key + behind[block][column];
+      early = seen < at.length ? early * p.scale_log2 : -INFINITY;
+      late = seen + 8 < at.length ? late * p.scale_log2 : -INFINITY;
+      float highest = fmaxf(early, late);
 #pragma unroll
       for (int offset = 4; offset < kWarp; offset *= 2) {
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, offset));
@@ -239,7 +247,7 @@ struct Warp {
       now[block][column] = fmaxf(most[block][column], highest);
       grown |= now[block][column] > most[block][column];
     }
-    if (p.step_logits != nullptr) leave_logits(p, x, store, first, rows, lane);
+    if (p.step_logits != nullptr) leave_logits(p, x, at.store, step, rows, lane);
     if (__any_sync(0xffffffffu, grown)) {
 #pragma unroll
       for (int i = 0; i < X::kBlocks * 2; ++i) {
@@ -263,11 +271,24 @@ struct Warp {
     }
   }
 
+  __device__ __forceinline__ void return_logits(const DecodeAttentionParams& p,
+                                                const float (&x)[X::kBlocks][4], const Steps& at,
+                                                uint32_t key, int rows, int lane) const {
+#pragma unroll
+    for (int i = 0; i < X::kBlocks * 4; ++i) {
+      const int r = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const uint32_t j = key + i % 4 / 2 * 8;
+      if (r < rows && j + behind[i / 4][i % 2] < at.length) {
+        p.logits[p.out_row(at.store, r) * p.width + j] = x[i / 4][i % 4] * p.softmax_scale;
+      }
+    }
+  }
+
   // Logits in base 2 for the merge to look at; see step_logit.
   __device__ __forceinline__ void leave_logits(const DecodeAttentionParams& p,
-                                               const float (&x)[X::kBlocks][4], int64_t store,
-                                               int64_t first, int rows, int lane) const {
-    float* to = p.step_logits + step_logit(p, store, first, 0) + lane / 4 * 4;
+                                               const float (&x)[X::kBlocks][4], uint32_t store,
+                                               uint32_t step, int rows, int lane) const {
+    float* to = p.step_logits + step_logit(p, store, step * X::kKeys, 0) + lane / 4 * 4;
 #pragma unroll
     for (int block = 0; block < X::kBlocks; ++block) {
       const int pair = block * 4 + lane % 4;
@@ -308,12 +329,25 @@ struct Warp {
   }
 };
 
-// The whole block: the sums of its warps become the partial result in `slot`. sums holds kRowFloats
-// for each warp and row.
+// The whole block: the sums of its warps become a partial result, or the result where all tiles of
+// the store are the worker's. sums holds kRowFloats for each warp and row.
 template <typename X>
 __device__ __forceinline__ void flush(const DecodeAttentionParams& p, Warp<X>& warp_state,
-                                      float* sums, int64_t slot, int rows, int warp, int lane) {
-  __shared__ float2 stats[X::kWarps][X::kRows];
+                                      float* sums, const Steps& at, int rows, int warp, int lane) {
+  using T = typename X::Element;
+  __shared__ __align__(16) float most_of[X::kRows][X::kWarps], sum_of[X::kRows][X::kWarps];
+  const auto read = [](const float (&from)[X::kWarps], float (&to)[X::kWarps]) {
+#pragma unroll
+    for (int w = 0; w < X::kWarps; w += 4) {
+      *reinterpret_cast<float4*>(to + w) = *reinterpret_cast<const float4*>(from + w);
+    }
+  };
+  const auto largest = [](const float (&of)[X::kWarps]) {
+    float x = of[0];
+#pragma unroll
+    for (int w = 1; w < X::kWarps; ++w) x = fmaxf(x, of[w]);
+    return x;
+  };
 #pragma unroll
   for (int i = 0; i < X::kBlocks * 2; ++i) {
     float& sum = warp_state.sum[i / 2][i % 2];
@@ -323,7 +357,8 @@ __device__ __forceinline__ void flush(const DecodeAttentionParams& p, Warp<X>& w
     }
     warp_state.most[i / 2][i % 2] -= X::kHeadroom;
     if (lane < 4) {
-      stats[warp][i / 2 * 8 + lane * 2 + i % 2] = make_float2(warp_state.most[i / 2][i % 2], sum);
+      most_of[i / 2 * 8 + lane * 2 + i % 2][warp] = warp_state.most[i / 2][i % 2];
+      sum_of[i / 2 * 8 + lane * 2 + i % 2][warp] = sum;
     }
   }
   __syncthreads();
@@ -331,10 +366,9 @@ __device__ __forceinline__ void flush(const DecodeAttentionParams& p, Warp<X>& w
   for (int i = 0; i < X::kBlocks * 2; ++i) {
     const int block = i / 2, column = i % 2, r = block * 8 + lane % 4 * 2 + column;
     if (r >= rows) continue;
-    float highest = stats[0][r].x;
-#pragma unroll
-    for (int w = 1; w < X::kWarps; ++w) highest = fmaxf(highest, stats[w][r].x);
-    const float factor = decay(warp_state.most[block][column], highest);
+    float most[X::kWarps];
+    read(most_of[r], most);
+    const float factor = decay(warp_state.most[block][column], largest(most));
     float* to = sums + (warp * rows + r) * X::kRowFloats + lane / 4 * 8;
 #pragma unroll
     for (int unit = 0; unit < X::kValueUnits; ++unit) {
@@ -348,10 +382,12 @@ __device__ __forceinline__ void flush(const DecodeAttentionParams& p, Warp<X>& w
     }
   }
   __syncthreads();
-  const int64_t first = slot * p.slice();
+  const uint32_t tiles = (at.length + X::kKeys - 1) / X::kKeys;
+  const bool is_whole = at.first == 0 && at.end == tiles;
+  const int64_t first = attend_slot(blockIdx.x, at.store) * p.slice();
   for (int i = threadIdx.x; i < rows * (X::kDim / 4); i += X::kThreads) {
     const int r = i / (X::kDim / 4), d = i % (X::kDim / 4) * 4;
-    if (d >= p.head_dim) continue;
+    if (!X::kIsFull && d >= p.head_dim) continue;
     float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int w = 0; w < X::kWarps; ++w) {
@@ -362,84 +398,103 @@ __device__ __forceinline__ void flush(const DecodeAttentionParams& p, Warp<X>& w
       total.z += part.z;
       total.w += part.w;
     }
+    const bool is_first = d == 0;
+    if (is_whole || is_first) {
+      float most[X::kWarps], sum_by_warp[X::kWarps], sum = 0;
+      read(most_of[r], most);
+      read(sum_of[r], sum_by_warp);
+      const float highest = largest(most);
+#pragma unroll
+      for (int w = 0; w < X::kWarps; ++w) sum += sum_by_warp[w] * decay(most[w], highest);
+      if (is_first) {
+        reinterpret_cast<float2*>(p.partial_stats)[first + r] = make_float2(highest, sum);
+      }
+      if (is_whole) {
+        const int64_t out_row = p.out_row(at.store, r);
+        if (is_first) p.lse[out_row] = natural_lse(highest, sum);
+        T* out = static_cast<T*>(p.out) + out_row * p.head_dim + d;
+        *reinterpret_cast<uint2*>(out) =
+            make_uint2(pack<T>(normalised(total.x, sum), normalised(total.y, sum)),
+                       pack<T>(normalised(total.z, sum), normalised(total.w, sum)));
+        continue;
+      }
+    }
     *reinterpret_cast<float4*>(p.partial_out + (first + r) * p.head_dim + d) = total;
   }
-  for (int r = threadIdx.x; r < rows; r += X::kThreads) {
-    float highest = stats[0][r].x, sum = 0;
-#pragma unroll
-    for (int w = 1; w < X::kWarps; ++w) highest = fmaxf(highest, stats[w][r].x);
-#pragma unroll
-    for (int w = 0; w < X::kWarps; ++w) sum += stats[w][r].y * decay(stats[w][r].x, highest);
-    reinterpret_cast<float2*>(p.partial_stats)[first + r] = make_float2(highest, sum);
-  }
-  __syncthreads();  // sums and stats may be written again
+  if (threadIdx.x == 0) leave_owner(p, at.store, at.first, at.end, tiles, is_whole);
 }
 
 template <typename X>
-__global__ void __launch_bounds__(X::kThreads, X::kResident)
+__global__ void __maxnreg__(X::kRegisters)
     decode_few_rows_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  launch_wait();
-  launch_dependents();
   extern __shared__ __align__(16) float sums[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int rows = static_cast<int>(p.packed_rows());
+  const int rows = p.rows;
+  // What depends on parameters alone is done while the launch before ends.
+  fetch_params(p);
+  if (p.lengths.data != nullptr) launch_wait();
   PartStart part;
-  if (!find_part<X::kKeys, X::kThreads>(p, part)) return;
+  if (!find_part<X::kKeys>(p, part)) return;
 
-  Steps<X> ahead;  // whose keys and values are under way
-  ahead.store = part.store;
-  ahead.left = part.count;
-  ahead.open(p, part.at, warp);
-  Steps<X> block = ahead;  // the store that all warps are in
-  while (!ahead.is_there() && ahead.next_store(p, warp)) {
+  Steps ahead{.store = part.store, .left = part.count};  // what is under way
+  open_store<X>(p, ahead, part.at, warp);
+  if (p.lengths.data == nullptr) launch_wait();
+  launch_dependents();
+  Steps block = ahead;  // the store that all warps are in
+  while (ahead.step >= ahead.end && next_store<X>(p, ahead, warp)) {
   }
   Warp<X> state;
-  state.place_units(static_cast<int>(p.head_dim), lane);
-  state.start(p, block.store, rows, lane);
-  if (ahead.is_there()) {
+  state.place(p, lane);
+  if (ahead.step < ahead.end) {
     state.load_keys(p, ahead, lane);
     state.load_values(p, ahead, lane);
   }
+  state.start(p, block.store, rows, lane);
   while (true) {
-    while (ahead.is_there() && ahead.store == block.store) {
+    while (ahead.step < ahead.end && ahead.store == block.store) {
       float x[X::kBlocks][4];
       state.logits(x);
-      const int64_t step = ahead.step;
-      ahead.advance(p, warp);
-      if (ahead.is_there()) state.load_keys(p, ahead, lane);
-      state.softmax(p, x, block.store, step * X::kKeys, block.length, rows, lane);
+      const uint32_t step = ahead.step;
+      ahead.step += X::kWarps;
+      while (ahead.step >= ahead.end && next_store<X>(p, ahead, warp)) {
+      }
+      const bool is_there = ahead.step < ahead.end;
+      if (is_there) state.load_keys(p, ahead, lane);
+      state.softmax(p, x, block, step, rows, lane);
       state.add_values(x);
-      if (ahead.is_there()) state.load_values(p, ahead, lane);
+      if (is_there) state.load_values(p, ahead, lane);
     }
-    flush<X>(p, state, sums, attend_slot(blockIdx.x, block.store), rows, warp, lane);
-    if (!block.next_store(p, warp)) return;
+    flush<X>(p, state, sums, block, rows, warp, lane);
+    if (!next_store<X>(p, block, warp)) return;
+    __syncthreads();  // sums and stats may be written again
     state.start(p, block.store, rows, lane);
   }
 }
 
 template <typename X>
-int64_t launch(const DecodeAttentionParams& p, cudaStream_t stream) {
-  const int shared_bytes =
-      static_cast<int>(X::kWarps * p.packed_rows() * X::kRowFloats * sizeof(float));
+int64_t launch(DecodeAttentionParams p, cudaStream_t stream) {
+  const int shared_bytes = static_cast<int>(X::kWarps * p.rows * X::kRowFloats * sizeof(float));
   const int64_t workers =
       std::min<int64_t>(p.max_workers, X::kResident * device_limits().multiprocessors);
   if (workers == 0) return 0;
-  const auto kernel = decode_few_rows_kernel<X>;
-  cuda_check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-      "decode_attention");
+  p.parts = AttendPlan(p.num_rows(), workers);
   Launch(static_cast<unsigned>(workers), X::kThreads, shared_bytes, stream)
-      .early(device_limits().major >= 9)("decode_attention", kernel, p);
+      .early(device_limits().major >= 9)("decode_attention", decode_few_rows_kernel<X>, p);
   return workers;
+}
+
+template <typename T, int kDim, bool kIsFull>
+int64_t launch_rows(const DecodeAttentionParams& p, cudaStream_t stream) {
+  return p.rows <= 8 ? launch<Few<T, kDim, 1, kIsFull>>(p, stream)
+                     : launch<Few<T, kDim, 2, kIsFull>>(p, stream);
 }
 
 template <typename T>
 int64_t launch_size(const DecodeAttentionParams& p, cudaStream_t stream) {
-  const bool is_short = p.head_dim <= 64, is_one = p.packed_rows() <= 8;
-  if (is_short) {
-    return is_one ? launch<Few<T, 64, 1>>(p, stream) : launch<Few<T, 64, 2>>(p, stream);
-  }
-  return is_one ? launch<Few<T, 128, 1>>(p, stream) : launch<Few<T, 128, 2>>(p, stream);
+  if (p.head_dim == 128) return launch_rows<T, 128, true>(p, stream);
+  if (p.head_dim == 64) return launch_rows<T, 64, true>(p, stream);
+  return p.head_dim > 64 ? launch_rows<T, 128, false>(p, stream)
+                         : launch_rows<T, 64, false>(p, stream);
 }
 
 }  // namespace
@@ -449,8 +504,10 @@ bool decode_few_rows_fits(const DecodeAttentionParams& p) {
   const int64_t strides = p.q_batch_stride | p.q_head_stride | p.q_row_stride | p.k_batch_stride |
                           p.k_head_stride | p.k_row_stride | p.v_batch_stride | p.v_head_stride |
                           p.v_row_stride;
-  return p.dtype != DType::kFloat32 && p.head_dim <= 128 && p.packed_rows() <= 16 && address(p.q) &&
-         address(p.k) && address(p.v) && strides % 8 == 0;
+  constexpr int64_t kMost = int64_t{1} << 31;  // what the kernel counts in 32 bits
+  return p.dtype != DType::kFloat32 && p.head_dim <= 128 && p.rows <= 16 && address(p.q) &&
+         address(p.k) && address(p.v) && strides % 8 == 0 && p.width < kMost - 64 &&
+         p.k_row_stride < kMost && p.v_row_stride < kMost;
 }
 
 int64_t decode_few_rows_cuda(const DecodeAttentionParams& params, cudaStream_t stream) {

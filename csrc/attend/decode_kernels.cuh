@@ -6,103 +6,191 @@
 
 #include "attend/decode_attention.h"
 #include "device/launch.cuh"
+#include "device/math.cuh"
 #include "device/reduce.cuh"
 
 namespace kvc {
 
 // 2^(old - now), where both may be -inf.
 __device__ __forceinline__ float decay(float old, float now) {
-  return old == now ? 1.0f : exp2f(old - now);
+  return old == now ? 1.0f : exp2_approx(old - now);
+}
+
+// Of a store; 32 bits, since lengths have no more.
+__device__ __forceinline__ uint32_t length_of(const DecodeAttentionParams& p, uint32_t store) {
+  const auto width = static_cast<uint32_t>(p.width);
+  if (p.lengths.data == nullptr) return width;
+  const uint32_t b = p.row_of_batch(store), h = store - b * static_cast<uint32_t>(p.num_kv_heads);
+  const int n = max(*p.lengths.at(b, h), 0);
+  return min(static_cast<uint32_t>(n), width);
+}
+
+// What leaves for `lse` and `out`, from max and sum in base 2; nothing visible: -inf and 0.
+__device__ __forceinline__ float natural_lse(float highest, float sum) {
+  return (highest + log2f(sum)) * 0.693147180559945309f;
+}
+__device__ __forceinline__ float normalised(float total, float sum) {
+  return sum == 0 ? 0.0f : total / sum;
+}
+
+// Brings the parameters into the constant cache, all lines at a time; each costs some hundred clocks
+// where it is first needed.
+template <typename Params>
+__device__ __forceinline__ void fetch_params(const Params& p) {
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Params); i += 64) {
+    asm volatile("" ::"r"(*reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(&p) + i)));
+  }
 }
 
 template <int kTile>
-__device__ __forceinline__ uint32_t tiles_of(const DecodeAttentionParams& p, int64_t store) {
-  return static_cast<uint32_t>((p.length(store) + kTile - 1) / kTile);
+__device__ __forceinline__ uint32_t tiles_of(const DecodeAttentionParams& p, uint32_t store) {
+  return (length_of(p, store) + kTile - 1) / kTile;
 }
 
 // Where the part of a worker begins: tile `at` of the `slices` times over tiles of a store.
 struct PartStart {
-  int64_t store;
-  uint32_t at, count;
+  uint32_t store, at, count;
 };
 
-// The whole block: counts the tiles of all stores, and finds where the part of this worker begins.
-// Block 0 leaves tile_start to the merge. False if there is no such worker.
-template <int kTile, int kThreads>
-__device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartStart& start) {
-  constexpr int kWarps = kThreads / kWarp;
-  const auto slices = static_cast<uint32_t>(p.slices());
-  const auto stores = static_cast<uint32_t>(p.num_stores());
-  uint32_t row_tiles = 0;
-  if (p.lengths.data == nullptr) {  // all alike: no need to count
-    row_tiles = tiles_of<kTile>(p, 0);
-    if (blockIdx.x == 0) {
-      for (uint32_t s = threadIdx.x; s <= stores; s += kThreads) {
-        p.tile_start[s] = static_cast<int64_t>(s) * row_tiles;
-      }
-      if (threadIdx.x == 0) p.tile_start[stores + 1] = row_tiles;
-    }
-    const AttendParts parts(static_cast<int64_t>(stores) * row_tiles * slices, gridDim.x,
-                            row_tiles);
-    if (blockIdx.x >= parts.workers) return false;
-    const uint32_t begin = parts.begin(blockIdx.x), store = begin / (row_tiles * slices);
-    start = {store, begin - store * row_tiles * slices, parts.begin(blockIdx.x + 1) - begin};
-    return true;
-  }
-  __shared__ uint32_t warp_tiles[kWarps];
-  __shared__ uint32_t found[2];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t each = (stores + kThreads - 1) / kThreads;
-  const uint32_t first = min(threadIdx.x * each, stores), last = min(first + each, stores);
-  row_tiles = tiles_of<kTile>(p, 0);
-  uint32_t mine = 0;
-  bool is_alike = true;
-  for (uint32_t s = first; s < last; ++s) {
-    const uint32_t tiles = tiles_of<kTile>(p, s);
-    mine += tiles;
-    is_alike &= tiles == row_tiles;
-  }
-  uint32_t before = mine;
+// The tiles of the stores that a lane of a warp counts.
+struct LaneTiles {
+  uint32_t first, last;        // stores
+  uint32_t mine, before, all;  // tiles of these stores, of the ones before, of all
+  uint32_t of_each;            // of every store, 0: they differ
+};
+
+// Of the lanes up to this one.
+__device__ __forceinline__ uint32_t warp_prefix_sum(uint32_t x) {
 #pragma unroll
   for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, before, offset);
-    if (lane >= offset) before += other;
+    const uint32_t other = __shfl_up_sync(0xffffffffu, x, offset);
+    if (threadIdx.x % kWarp >= offset) x += other;
   }
-  if (lane == kWarp - 1) warp_tiles[warp] = before;
-  if (!__syncthreads_and(is_alike)) row_tiles = 0;
-  before -= mine;
-  uint32_t total = 0;
+  return x;
+}
+// The last lane that says yes; one does.
+__device__ __forceinline__ int last_lane(bool yes) {
+  return kWarp - 1 - __clz(__ballot_sync(0xffffffffu, yes));
+}
+
+// A whole warp, lane by lane kEach neighbours at a time.
+template <int kTile, int kEach>
+__device__ __forceinline__ LaneTiles count_tiles(const DecodeAttentionParams& p, uint32_t each) {
+  const auto stores = static_cast<uint32_t>(p.num_stores());
+  const uint32_t lane = threadIdx.x % kWarp;
+  LaneTiles t{.first = min(lane * each, stores), .last = min(lane * each + each, stores)};
+  uint32_t mine = 0, one = 0;
+  bool is_alike = true;
+  for (uint32_t s = t.first; s < t.last; s += kEach) {
+    uint32_t tiles[kEach];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_tiles[w];
-    total += warp_tiles[w];
-  }
-  if (blockIdx.x == 0) {
-    uint32_t at = before;
-    for (uint32_t s = first; s < last; ++s) {
-      p.tile_start[s] = at;
-      at += tiles_of<kTile>(p, s);
-    }
-    if (threadIdx.x == 0) {
-      p.tile_start[stores] = total;
-      p.tile_start[stores + 1] = row_tiles;
+    for (int i = 0; i < kEach; ++i) tiles[i] = tiles_of<kTile>(p, min(s + i, t.last - 1));
+    if (s == t.first) one = tiles[0];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      is_alike &= tiles[i] == one;
+      mine += s + i < t.last ? tiles[i] : 0;
     }
   }
-  const AttendParts parts(static_cast<int64_t>(total) * slices, gridDim.x, row_tiles);
-  if (blockIdx.x >= parts.workers) return false;
-  const uint32_t begin = parts.begin(blockIdx.x);
-  if (before * slices <= begin && begin < (before + mine) * slices) {
-    uint32_t s = first, tiles = tiles_of<kTile>(p, s);
-    while ((before + tiles) * slices <= begin) {
-      before += tiles;
-      tiles = tiles_of<kTile>(p, ++s);
-    }
-    found[0] = s;
-    found[1] = begin - before * slices;
+  const uint32_t sum = warp_prefix_sum(mine);
+  t.mine = mine;
+  t.before = sum - mine;
+  t.all = __shfl_sync(0xffffffffu, sum, kWarp - 1);
+  const uint32_t of_first = __shfl_sync(0xffffffffu, one, 0);
+  is_alike &= t.first == t.last || one == of_first;
+  t.of_each = __all_sync(0xffffffffu, is_alike) ? of_first : 0;
+  return t;
+}
+
+// A whole warp, each for itself: counts the tiles of all stores, and finds where the part of this
+// worker begins. False if there is no such worker.
+template <int kTile>
+__device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartStart& start) {
+  const AttendPlan& plan = p.parts;
+  const uint32_t worker = blockIdx.x, slices = p.slices_a_store;
+  const auto stores = static_cast<uint32_t>(p.num_stores());
+  LaneTiles t;
+  if (p.lengths.data == nullptr) {
+    t.of_each = tiles_of<kTile>(p, 0);
+    t.all = stores * t.of_each;
+  } else if (stores <= kWarp) {
+    t = count_tiles<kTile, 1>(p, 1);
+  } else {
+    t = count_tiles<kTile, 8>(p, (stores + kWarp - 1) / kWarp);
   }
-  __syncthreads();
-  start = {found[0], found[1], parts.begin(blockIdx.x + 1) - begin};
+  if (t.of_each == 0 && plan.has_spare && slices == 1 && stores <= kWarp) {  // a lane a store
+    const uint32_t each = plan.by_spare.quotient(t.all + plan.by_spare.divisor - 1);
+    const uint32_t pieces = (t.mine + each - 1) / max(each, 1u);
+    const uint32_t until = warp_prefix_sum(pieces), before = until - pieces;
+    if (worker >= __shfl_sync(0xffffffffu, until, kWarp - 1)) return false;
+    const int holder = last_lane(before <= worker);
+    start.store = holder;
+    start.at = (worker - __shfl_sync(0xffffffffu, before, holder)) * each;
+    start.count = min(each, __shfl_sync(0xffffffffu, t.mine, holder) - start.at);
+    return true;
+  }
+  if (plan.is_even && t.of_each >= plan.pieces) {
+    if (worker >= plan.workers) return false;
+    uint32_t row = worker * plan.rows_a_part, at = 0;
+    uint32_t count = min(plan.rows_a_part, plan.rows - row) * t.of_each;
+    if (plan.pieces > 1) {
+      row = plan.by_pieces.quotient(worker);
+      const uint32_t piece = worker - row * plan.pieces, each = plan.by_pieces.quotient(t.of_each);
+      const uint32_t longer = t.of_each - each * plan.pieces;
+      at = piece * each + min(piece, longer);
+      count = each + (piece < longer);
+    }
+    start.store = p.by_slices.quotient(row);
+    start.at = at + (row - start.store * slices) * t.of_each;
+    start.count = count;
+    return true;
+  }
+  const uint32_t tiles = t.all * slices, workers = min(tiles, plan.most);
+  if (worker >= workers) return false;
+  const uint32_t each = tiles < plan.most ? 1 : plan.by_most.quotient(tiles);
+  const uint32_t longer = tiles - each * workers;
+  const uint32_t begin = worker * each + min(worker, longer);
+  start.count = each + (worker < longer);
+  if (p.lengths.data == nullptr) {
+    start.store = begin / (t.of_each * slices);
+    start.at = begin - start.store * t.of_each * slices;
+    return true;
+  }
+  // The lane whose stores hold it: the last one of those that begin before.
+  const int holder = last_lane(t.before * slices <= begin);
+  uint32_t store = __shfl_sync(0xffffffffu, t.first, holder);
+  uint32_t at = begin - __shfl_sync(0xffffffffu, t.before, holder) * slices;
+  for (uint32_t size; at >= (size = tiles_of<kTile>(p, store) * slices); ++store) at -= size;
+  start.store = store;
+  start.at = at;
   return true;
+}
+
+// Which workers hold partials of a row of the line, [begin, end). `is_done`: the only one has
+// written the result itself.
+struct Owners {
+  uint32_t begin, end;
+  bool is_done;
+};
+
+constexpr uint32_t kOwnerIsDone = 0x80000000u;
+
+// A worker that has left the partial of tiles [first, last) of `tiles`; one thread.
+__device__ __forceinline__ void leave_owner(const DecodeAttentionParams& p, uint32_t row,
+                                            uint32_t first, uint32_t last, uint32_t tiles,
+                                            bool is_done) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(p.owners) + 2 * static_cast<int64_t>(row);
+  if (first == 0) to[0] = blockIdx.x | (is_done ? kOwnerIsDone : 0);
+  if (last == tiles) to[1] = blockIdx.x + 1;
+}
+
+// After the workers have ended; nobody owns an empty store.
+__device__ __forceinline__ Owners owners_of(const DecodeAttentionParams& p, uint32_t row,
+                                            uint32_t length) {
+  if (length == 0) return {0, 0, false};
+  const uint2 found = reinterpret_cast<const uint2*>(p.owners)[row];
+  return {found.x & ~kOwnerIsDone, found.y, (found.x & kOwnerIsDone) != 0};
 }
 
 // Each launches once and returns the workers it launched; 0: there is nothing to read.

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(X::kThreads, 2)
                    warp * X::Products::kSharedQueryFloats;
 
   PartStart start;
-  if (!find_part<X::kTile, X::kThreads>(p, start)) return;
+  if (!find_part<X::kTile>(p, start)) return;
   const int64_t count = start.count;
   Place<X> ahead;
   ahead.store = start.store;
@@ -322,10 +322,12 @@ __global__ void __launch_bounds__(X::kThreads, 2)
 
   Softmax<X> softmax;
   int rows = 0;
+  int64_t first_tile = 0;  // of the worker in this row of the line
 #pragma unroll 1
   for (int64_t i = 0; i < count; ++i) {
     if (i == 0 || place.tile == 0) {
       const int64_t first = place.slice * p.slice();
+      first_tile = place.tile;
       rows = static_cast<int>(min(p.slice(), p.packed_rows() - first));
       softmax.start(p, place.store, first, rows, offset, aligned, lane, queries);
     }
@@ -345,6 +347,9 @@ __global__ void __launch_bounds__(X::kThreads, 2)
     if (place.tile + 1 == place.tiles || i + 1 == count) {
       const int64_t row = place.store * p.slices() + place.slice;
       flush<X>(p, softmax, stage, attend_slot(blockIdx.x, row), rows, group, offset, lane);
+      if (threadIdx.x == 0) {
+        leave_owner(p, row, first_tile, place.tile + 1, place.tiles, false);
+      }
     }
     place.advance(p);
   }
@@ -369,9 +374,10 @@ bool is_aligned(const DecodeAttentionParams& p) {
 }
 
 template <typename X>
-int64_t launch(const DecodeAttentionParams& p, cudaStream_t stream) {
+int64_t launch(DecodeAttentionParams p, cudaStream_t stream) {
   const int64_t workers = worker_count(p, X::kSharedBytes);
   if (workers == 0) return 0;
+  p.parts = AttendPlan(p.num_rows(), workers);
   const auto kernel = decode_many_rows_kernel<X>;
   cuda_check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, X::kSharedBytes),

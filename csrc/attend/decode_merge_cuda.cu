@@ -1,11 +1,11 @@
 // The second launch of decode attention: merges partial results and looks at the probabilities.
 //
-// The first blocks merge, one query row each: a warp takes every kMergeWarps-th partial of the row,
-// in the order of the workers, and the warps' sums meet in shared memory. The next ones, where
-// logits are asked for, fill what nothing wrote with -inf. The last ones, where something is
-// observed, take kObserveKeys entries of one store each: they add up max and sum of the store's
-// rows for themselves, rather than wait for the merge, and read the logits from L2 where the
-// workers have just left them.
+// The first blocks merge. Where a store has many partials a block takes one query row: a warp takes
+// every kMergeWarps-th partial, in the order of the workers, and the warps' sums meet in shared
+// memory. Where few, a warp takes a row for itself. The next blocks, where logits are asked for,
+// fill what nothing wrote with -inf. The last ones, where something is observed, take a chunk of
+// entries of one store each: they add up max and sum of the store's rows for themselves, rather
+// than wait for the merge, and read the logits that the workers have just left.
 #include <algorithm>
 
 #include "attend/decode_attention.h"
@@ -21,115 +21,130 @@ constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kMergeWarps = 8;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
-constexpr int kUnroll = 4;         // partials a warp has under way
-constexpr int kFill = 8192;        // logits that one block fills
-constexpr int kObserveKeys = 256;  // entries that one block observes, one a thread
+constexpr int kUnroll = 4;   // partials a warp has under way
+constexpr int kFill = 8192;  // logits that one block fills
 
 // The grid: first the merging blocks, then the filling, then the observing ones.
 struct MergeGrid {
   uint32_t merges, fills, observes;  // blocks
-  uint32_t fills_a_row, observes_a_store;
+  uint32_t rows_a_merge, fills_a_row, observes_a_store;
+  uint32_t observed_keys;  // of a block
 };
 
-// The workers [begin, end) that hold partials of a slice of a store.
-struct Owners {
-  uint32_t begin, end;
-};
-
-__device__ __forceinline__ Owners owners_of(const DecodeAttentionParams& p, int64_t workers,
-                                            int64_t store, int64_t slice) {
-  if (workers == 0) return {0, 0};
-  const int64_t before = p.tile_start[store], tiles = p.tile_start[store + 1] - before;
-  if (tiles == 0) return {0, 0};
-  const AttendParts parts(p.tile_start[p.num_stores()] * p.slices(), workers,
-                          static_cast<uint32_t>(p.tile_start[p.num_stores() + 1]));
-  const auto first = static_cast<uint32_t>(before * p.slices() + slice * tiles);
-  return {parts.owner(first), parts.owner(first + static_cast<uint32_t>(tiles) - 1) + 1};
+// The first row of partial_stats that packed row r of a store has; a worker is slice() rows on.
+__device__ __forceinline__ int64_t first_partial(const DecodeAttentionParams& p, uint32_t row,
+                                                 uint32_t in_slice) {
+  return attend_slot(0, row) * p.slice() + in_slice;
 }
 
-// Where the partials of packed row r of a store begin, in rows of partial_stats; a worker is
-// slice() rows on.
-__device__ __forceinline__ int64_t first_partial(const DecodeAttentionParams& p, int64_t store,
-                                                 uint32_t r) {
-  const auto each = static_cast<uint32_t>(p.rows_a_slice);
-  return attend_slot(0, store * p.slices() + r / each) * p.slice() + r % each;
-}
-
-template <typename T, int kParts>
-__device__ __forceinline__ void merge_row(const DecodeAttentionParams& p, int64_t workers,
-                                          uint32_t out_row) {
-  __shared__ float2 stats_of[kMergeWarps];
-  __shared__ __align__(16) float out_of[kMergeWarps][kParts * 4 * kWarp];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const auto rows = static_cast<uint32_t>(p.rows);
-  const uint32_t store = out_row / rows, r = out_row - store * rows;
-  const Owners owners = owners_of(p, workers, store, r / static_cast<uint32_t>(p.rows_a_slice));
-  const int64_t first = first_partial(p, store, r);
-  const float2* stats = reinterpret_cast<const float2*>(p.partial_stats);
-
-  float out[kParts][4] = {};
+// Max and sum in base 2, and the weighted values; lane l holds elements 4 l, ... of each 128.
+template <int kParts>
+struct MergedRow {
   float highest = -INFINITY, sum = 0;
-  for (uint32_t w = owners.begin + warp; w < owners.end; w += kUnroll * kMergeWarps) {
-    float2 stat[kUnroll];
-    float4 part[kUnroll][kParts];
+  float out[kParts][4] = {};
+
+  // Partials begin, begin + kStep, ... before end.
+  template <int kStep>
+  __device__ __forceinline__ void add(const DecodeAttentionParams& p, int64_t first, uint32_t begin,
+                                      uint32_t end, int lane) {
+    const float2* stats = reinterpret_cast<const float2*>(p.partial_stats);
+    for (uint32_t w = begin; w < end; w += kUnroll * kStep) {
+      float2 stat[kUnroll];
+      float4 part[kUnroll][kParts];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const bool is_there = w + i * kMergeWarps < owners.end;
-      const int64_t at = first + (is_there ? w + i * kMergeWarps : w) * p.slice();
-      stat[i] = is_there ? stats[at] : make_float2(-INFINITY, 0.0f);
+      for (int i = 0; i < kUnroll; ++i) {
+        const bool is_there = w + i * kStep < end;
+        const int64_t at = first + (is_there ? w + i * kStep : w) * p.slice();
+        stat[i] = is_there ? stats[at] : make_float2(-INFINITY, 0.0f);
 #pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        const int d = j * 4 * kWarp + lane * 4;
-        part[i][j] = make_float4(0, 0, 0, 0);
-        if (is_there && d < p.head_dim) {
-          part[i][j] = *reinterpret_cast<const float4*>(p.partial_out + at * p.head_dim + d);
+        for (int j = 0; j < kParts; ++j) {
+          const int d = j * 4 * kWarp + lane * 4;
+          part[i][j] = make_float4(0, 0, 0, 0);
+          if (is_there && d < p.head_dim) {
+            part[i][j] = *reinterpret_cast<const float4*>(p.partial_out + at * p.head_dim + d);
+          }
+        }
+      }
+      float now = highest;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) now = fmaxf(now, stat[i].x);
+      const float shrink = decay(highest, now);
+      highest = now;
+      sum *= shrink;
+#pragma unroll
+      for (int j = 0; j < kParts * 4; ++j) out[j / 4][j % 4] *= shrink;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const float factor = decay(stat[i].x, now);
+        sum = fmaf(stat[i].y, factor, sum);
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          out[j][0] = fmaf(part[i][j].x, factor, out[j][0]);
+          out[j][1] = fmaf(part[i][j].y, factor, out[j][1]);
+          out[j][2] = fmaf(part[i][j].z, factor, out[j][2]);
+          out[j][3] = fmaf(part[i][j].w, factor, out[j][3]);
         }
       }
     }
-    float now = highest;
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) now = fmaxf(now, stat[i].x);
-    const float shrink = decay(highest, now);
-    highest = now;
-    sum *= shrink;
-#pragma unroll
-    for (int j = 0; j < kParts * 4; ++j) out[j / 4][j % 4] *= shrink;
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const float factor = decay(stat[i].x, now);
-      sum = fmaf(stat[i].y, factor, sum);
-#pragma unroll
-      for (int j = 0; j < kParts; ++j) {
-        out[j][0] = fmaf(part[i][j].x, factor, out[j][0]);
-        out[j][1] = fmaf(part[i][j].y, factor, out[j][1]);
-        out[j][2] = fmaf(part[i][j].z, factor, out[j][2]);
-        out[j][3] = fmaf(part[i][j].w, factor, out[j][3]);
-      }
-    }
   }
+};
+
+template <typename T>
+__device__ __forceinline__ void write_row(const DecodeAttentionParams& p, uint32_t out_row, int d,
+                                          float total, float sum) {
+  static_cast<T*>(p.out)[out_row * p.head_dim + d] = from_float<T>(normalised(total, sum));
+}
+
+// Blocks of kMergeWarps / kRows warps a row.
+template <typename T, int kParts>
+__device__ __forceinline__ void merge_rows(const DecodeAttentionParams& p, const MergeGrid& grid,
+                                           uint32_t block) {
+  __shared__ float2 stats_of[kMergeWarps];
+  __shared__ __align__(16) float out_of[kMergeWarps][kParts * 4 * kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool is_alone = grid.rows_a_merge > 1;  // a warp, with its row
+  const auto rows = static_cast<uint32_t>(p.rows);
+  const uint32_t out_row = is_alone ? block * kMergeWarps + warp : block;
+  const uint32_t store = out_row / rows, r = out_row - store * rows;
+  if (store >= p.num_stores()) return;
+  const uint32_t slice = r / static_cast<uint32_t>(p.rows_a_slice);
+  const uint32_t row = store * p.slices_a_store + slice;
+  const int64_t first = first_partial(p, row, r - slice * p.rows_a_slice);
+  launch_wait();
+  const Owners owners = owners_of(p, row, length_of(p, store));
+  if (owners.is_done) return;
+  MergedRow<kParts> merged;
+  if (is_alone) {
+    merged.template add<1>(p, first, owners.begin, owners.end, lane);
+#pragma unroll
+    for (int i = 0; i < kParts * 4; ++i) {
+      const int d = i / 4 * 4 * kWarp + lane * 4 + i % 4;
+      if (d < p.head_dim) write_row<T>(p, out_row, d, merged.out[i / 4][i % 4], merged.sum);
+    }
+    if (lane == 0) p.lse[out_row] = natural_lse(merged.highest, merged.sum);
+    return;
+  }
+  merged.template add<kMergeWarps>(p, first, owners.begin + warp, owners.end, lane);
 #pragma unroll
   for (int j = 0; j < kParts; ++j) {
     *reinterpret_cast<float4*>(&out_of[warp][j * 4 * kWarp + lane * 4]) =
-        make_float4(out[j][0], out[j][1], out[j][2], out[j][3]);
+        make_float4(merged.out[j][0], merged.out[j][1], merged.out[j][2], merged.out[j][3]);
   }
-  if (lane == 0) stats_of[warp] = make_float2(highest, sum);
+  if (lane == 0) stats_of[warp] = make_float2(merged.highest, merged.sum);
   __syncthreads();
-  highest = stats_of[0].x;
+  float highest = stats_of[0].x;
 #pragma unroll
   for (int w = 1; w < kMergeWarps; ++w) highest = fmaxf(highest, stats_of[w].x);
   const int d = min(static_cast<int>(threadIdx.x), kParts * 4 * kWarp - 1);
-  float total = 0;
-  sum = 0;
+  float total = 0, sum = 0;
 #pragma unroll
   for (int w = 0; w < kMergeWarps; ++w) {
     const float factor = decay(stats_of[w].x, highest);
     sum = fmaf(stats_of[w].y, factor, sum);
     total = fmaf(out_of[w][d], factor, total);
   }
-  if (threadIdx.x < p.head_dim) {
-    static_cast<T*>(p.out)[out_row * p.head_dim + d] = from_float<T>(sum == 0 ? 0.0f : total / sum);
-  }
-  if (threadIdx.x == 0) p.lse[out_row] = (highest + log2f(sum)) * kLn2;
+  if (threadIdx.x < p.head_dim) write_row<T>(p, out_row, d, total, sum);
+  if (threadIdx.x == 0) p.lse[out_row] = natural_lse(highest, sum);
 }
 static_assert(kMergeThreads == kAttendMaxHeadDim, "a thread an element of the output");
 
@@ -144,83 +159,144 @@ __device__ __forceinline__ void fill_logits(const DecodeAttentionParams& p, uint
   }
 }
 
-__device__ __forceinline__ void observe(const DecodeAttentionParams& p, int64_t workers,
+// Max + log2(sum) of the rows of a store, a warp a row.
+__device__ __forceinline__ void add_up_lse(const DecodeAttentionParams& p, uint32_t store,
+                                           uint32_t length, float* lse_of) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const float2* stats = reinterpret_cast<const float2*>(p.partial_stats);
+  for (int r = warp; r < p.rows; r += kMergeWarps) {
+    const uint32_t slice = r / p.rows_a_slice, row = store * p.slices_a_store + slice;
+    const Owners owners = owners_of(p, row, length);
+    const int64_t first = first_partial(p, row, r - slice * p.rows_a_slice);
+    float highest = -INFINITY, sum = 0;
+    for (uint32_t w = owners.begin + lane; w < owners.end; w += kWarp) {
+      const float2 stat = stats[first + w * p.slice()];
+      const float now = fmaxf(highest, stat.x);
+      sum = sum * decay(highest, now) + stat.y * decay(stat.x, now);
+      highest = now;
+    }
+    const float most = warp_max(highest);
+    sum = warp_sum(sum * decay(highest, most));
+    if (lane == 0) lse_of[r] = most + log2f(sum);
+  }
+}
+
+// Entries [begin, end) of a store whose step_logits hold kGroup rows, one query each. A thread takes
+// an entry of each half of a step at a time, whose logits of two rows lie together.
+template <int kGroup>
+__device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, uint32_t store,
+                                              uint32_t length, uint32_t begin, uint32_t end,
+                                              const float* lse_of) {
+  constexpr int kPairs = (kGroup + 1) / 2;
+  float lse[kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) lse[g] = lse_of[g];
+  constexpr uint32_t kKeys = kStepKeys;
+  const uint32_t last = (end + kKeys - 1) / kKeys * kKeys;
+  for (uint32_t at = begin + threadIdx.x * 2; at < last; at += 2 * kMergeThreads) {
+    const uint32_t j = at / kKeys * kKeys + at % kKeys / 2;  // and j + 8
+    float4 x[kPairs];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      x[pair] = *reinterpret_cast<const float4*>(p.step_logits + step_logit(p, store, j, 2 * pair));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (j + 8 * half >= end) continue;
+      const auto logit2 = [&](int g) {
+        const float4& y = x[g / 2];
+        return half == 0 ? (g % 2 == 0 ? y.x : y.y) : (g % 2 == 0 ? y.z : y.w);
+      };
+      observe_entry<kGroup, 1>(
+          p, store, length, j + 8 * half, [&](int g, int) { return logit2(g) * kLn2; },
+          [&](int g, int) { return exp2f(logit2(g) - lse[g]); });
+    }
+  }
+}
+
+__device__ __forceinline__ void observe(const DecodeAttentionParams& p, const MergeGrid& grid,
                                         uint32_t store, uint32_t chunk) {
   __shared__ float lse_of[kObservedMaxRows];  // in base 2
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t length = p.length(store), begin = chunk * static_cast<int64_t>(kObserveKeys);
+  const uint32_t length = length_of(p, store), begin = chunk * grid.observed_keys;
   if (begin >= length) return;
-  const int rows = static_cast<int>(p.packed_rows());
-  const float2* stats = reinterpret_cast<const float2*>(p.partial_stats);
+  const uint32_t end = min(begin + grid.observed_keys, length);
   if (p.observed.sums != nullptr) {
-    for (int r = warp; r < rows; r += kMergeWarps) {
-      const Owners owners = owners_of(p, workers, store, r / static_cast<uint32_t>(p.rows_a_slice));
-      const int64_t first = first_partial(p, store, r);
-      float highest = -INFINITY, sum = 0;
-      for (uint32_t w = owners.begin + lane; w < owners.end; w += kWarp) {
-        const float2 stat = stats[first + w * p.slice()];
-        const float now = fmaxf(highest, stat.x);
-        sum = sum * decay(highest, now) + stat.y * decay(stat.x, now);
-        highest = now;
-      }
-      const float most = warp_max(highest);
-      sum = warp_sum(sum * decay(highest, most));
-      if (lane == 0) lse_of[r] = most + log2f(sum);
-    }
+    add_up_lse(p, store, length, lse_of);
     __syncthreads();
   }
-  const int64_t j = begin + threadIdx.x;
-  if (j >= length) return;
   const int n = static_cast<int>(p.num_queries);
   if (p.step_logits != nullptr) {
-    const float* logits = p.step_logits + step_logit(p, store, j, 0);
-    const auto logit2 = [&](int r) { return logits[r / 2 * (2 * kStepKeys) + r % 2]; };
-    observe_entry(
-        p, store, length, j, [&](int g, int i) { return logit2(g * n + i) * kLn2; },
-        [&](int g, int i) { return exp2f(logit2(g * n + i) - lse_of[g * n + i]); });
-    return;
+    if (n == 1 && p.q_per_kv == 1) return observe_steps<1>(p, store, length, begin, end, lse_of);
+    if (n == 1 && p.q_per_kv == 2) return observe_steps<2>(p, store, length, begin, end, lse_of);
+    if (n == 1 && p.q_per_kv == 4) return observe_steps<4>(p, store, length, begin, end, lse_of);
+    if (n == 1 && p.q_per_kv == 8) return observe_steps<8>(p, store, length, begin, end, lse_of);
   }
-  const float* logits = p.logits + store * p.packed_rows() * p.width + j;
-  const auto logit = [&](int g, int i) { return logits[(g * n + i) * p.width]; };
-  observe_entry(p, store, length, j, logit,
-                [&](int g, int i) { return exp2f(logit(g, i) * kLog2e - lse_of[g * n + i]); });
+  for (uint32_t j = begin + threadIdx.x; j < end; j += kMergeThreads) {
+    if (p.step_logits != nullptr) {
+      const float* logits = p.step_logits + step_logit(p, store, j, 0);
+      const auto logit2 = [&](int r) { return logits[r / 2 * (2 * kStepKeys) + r % 2]; };
+      observe_entry(
+          p, store, length, j, [&](int g, int i) { return logit2(g * n + i) * kLn2; },
+          [&](int g, int i) { return exp2f(logit2(g * n + i) - lse_of[g * n + i]); });
+    } else {
+      const float* logits = p.logits + store * p.packed_rows() * p.width + j;
+      const auto logit = [&](int g, int i) { return logits[(g * n + i) * p.width]; };
+      observe_entry(p, store, length, j, logit,
+                    [&](int g, int i) { return exp2f(logit(g, i) * kLog2e - lse_of[g * n + i]); });
+    }
+  }
 }
-static_assert(kObserveKeys == kMergeThreads);
 
-template <typename T, int kParts>
-__global__ void __launch_bounds__(kMergeThreads)
+// kObserves apart: the plain merge is short, and waits beside the workers.
+template <typename T, int kParts, bool kObserves>
+__global__ void __launch_bounds__(kMergeThreads, kObserves ? 3 : 4)
     merge_kernel(const __grid_constant__ DecodeAttentionParams p,
-                 const __grid_constant__ MergeGrid grid, int64_t workers) {
-  launch_wait();
+                 const __grid_constant__ MergeGrid grid) {
+  fetch_params(p);
   launch_dependents();
   uint32_t block = blockIdx.x;
-  if (block < grid.merges) return merge_row<T, kParts>(p, workers, block);
+  if (block < grid.merges) return merge_rows<T, kParts>(p, grid, block);
+  launch_wait();
   block -= grid.merges;
   if (block < grid.fills) {
     return fill_logits(p, block / grid.fills_a_row, block % grid.fills_a_row);
   }
   block -= grid.fills;
-  observe(p, workers, block / grid.observes_a_store, block % grid.observes_a_store);
+  if constexpr (kObserves) {
+    observe(p, grid, block / grid.observes_a_store, block % grid.observes_a_store);
+  }
 }
 
 }  // namespace
 
 void decode_merge_cuda(const DecodeAttentionParams& p, int64_t workers, cudaStream_t stream) {
-  MergeGrid grid{.merges = static_cast<uint32_t>(p.num_stores() * p.packed_rows())};
+  const auto stores = static_cast<uint32_t>(p.num_stores()), rows = stores * p.rows;
+  // Up to four partials a row keep no block busy.
+  MergeGrid grid{.rows_a_merge = workers <= 4 * p.num_rows() ? kMergeWarps : 1u};
+  grid.merges = (rows + grid.rows_a_merge - 1) / grid.rows_a_merge;
   if (p.fill_logits) {
     grid.fills_a_row = static_cast<uint32_t>((p.width + kFill - 1) / kFill);
-    grid.fills = grid.merges * grid.fills_a_row;
+    grid.fills = rows * grid.fills_a_row;
   }
   if (p.observed.any()) {
-    grid.observes_a_store = static_cast<uint32_t>((p.width + kObserveKeys - 1) / kObserveKeys);
-    grid.observes = static_cast<uint32_t>(p.num_stores()) * grid.observes_a_store;
+    // Eight blocks a multiprocessor, but from 512 to 4096 entries each.
+    constexpr int64_t kUnit = 2 * kMergeThreads;
+    const int64_t blocks = 8 * device_limits().multiprocessors, all = p.width * stores;
+    const int64_t units = (all + blocks * kUnit - 1) / (blocks * kUnit);
+    grid.observed_keys = static_cast<uint32_t>(kUnit * std::clamp<int64_t>(units, 1, 8));
+    grid.observes_a_store =
+        static_cast<uint32_t>((p.width + grid.observed_keys - 1) / grid.observed_keys);
+    grid.observes = stores * grid.observes_a_store;
   }
   const uint32_t blocks = grid.merges + grid.fills + grid.observes;
   visit_float_cuda(p.dtype, "decode_attention", [&](auto tag) {
     using T = decltype(tag);
-    const auto kernel = p.head_dim <= 128 ? merge_kernel<T, 1> : merge_kernel<T, 2>;
+    const bool is_short = p.head_dim <= 128;
+    const auto kernel =
+        p.observed.any() ? (is_short ? merge_kernel<T, 1, true> : merge_kernel<T, 2, true>)
+                         : (is_short ? merge_kernel<T, 1, false> : merge_kernel<T, 2, false>);
     Launch(blocks, kMergeThreads, 0, stream)
-        .early(device_limits().major >= 9)("decode_attention", kernel, p, grid, workers);
+        .early(device_limits().major >= 9)("decode_attention", kernel, p, grid);
   });
 }
 

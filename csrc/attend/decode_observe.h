@@ -18,49 +18,52 @@ constexpr float observed_reduce(GroupReduce reduce, int first, int last, F&& val
 }
 
 // Entry j of a store. logit(g, i) is the scaled logit of query i of head g, share(g, i) its
-// probability; neither is asked for where the query does not see j.
-template <typename Logit, typename Share>
+// probability; neither is asked for where the query does not see j. kGroup and kQueries are the
+// sizes where they are known to the compiler, else 0.
+template <int kGroup = 0, int kQueries = 0, typename Logit, typename Share>
 constexpr void observe_entry(const DecodeAttentionParams& p, int64_t store, int64_t length,
                              int64_t j, Logit&& logit, Share&& share) {
   const ObservedParams& o = p.observed;
-  const int n = static_cast<int>(p.num_queries), group = p.q_per_kv;
-  if (o.sums != nullptr) {
-    const int heads = o.sums_by_head ? group : 1;
-    for (int kept = 0; kept < heads; ++kept) {
-      const int first = o.sums_by_head ? kept : 0, last = o.sums_by_head ? kept + 1 : group;
-      float sum = 0, factor = 1;
-      for (int i = 0; i < n; ++i) {
-        float term = 0;
-        if (j < p.visible(length, i)) {
-          term = observed_reduce(o.reduce, first, last, [&](int g) {
-            const float x = share(g, i);
-            return o.power == 2 ? x * x : x;
-          });
-        }
-        sum = o.decay == 0 ? term : sum * o.decay + term;
-        factor *= o.decay;
+  const int n = kQueries > 0 ? kQueries : static_cast<int>(p.num_queries);
+  const int group = kGroup > 0 ? kGroup : p.q_per_kv;
+  // What is kept of the query heads [first, last): `kept` is its number.
+  const auto add = [&](int kept, int first, int last) {
+    float sum = 0, factor = 1;
+    for (int i = 0; i < n; ++i) {
+      float term = 0;
+      if (j < p.visible(length, i)) {
+        term = observed_reduce(o.reduce, first, last, [&](int g) {
+          const float x = share(g, i);
+          return o.power == 2 ? x * x : x;
+        });
       }
-      if (o.weights != nullptr) sum *= observed_weights(p, store)[j];
-      float* to = observed_sums(p, store, kept) + j;
-      *to = o.decay == 0 ? sum : *to * factor + sum;
+      sum = o.decay == 0 ? term : sum * o.decay + term;
+      factor *= o.decay;
     }
+    if (o.weights != nullptr) sum *= observed_weights(p, store)[j];
+    float* to = observed_sums(p, store, kept) + j;
+    *to = o.decay == 0 ? sum : *to * factor + sum;
+  };
+  if (o.sums != nullptr && !o.sums_by_head) add(0, 0, group);
+  if (o.sums != nullptr && o.sums_by_head) {
+    for (int g = 0; g < group; ++g) add(g, g, g + 1);
   }
-  if (o.history != nullptr) {
+  const auto record = [&](int kept, int first, int last) {
     const int32_t seen = *o.seen.at(p.row_of_batch(store), p.kv_head(store));
-    const int heads = o.history_by_head ? group : 1;
-    for (int kept = 0; kept < heads; ++kept) {
-      const int first = o.history_by_head ? kept : 0, last = o.history_by_head ? kept + 1 : group;
-      float* to = observed_history(p, store, kept) + j * o.history_row_stride;
-      for (int i = 0; i < n; ++i) {
-        float x = -__builtin_huge_valf();
-        if (j < p.visible(length, i)) {
-          x = observed_reduce(o.reduce, first, last, [&](int g) { return logit(g, i); });
-        }
-        const int width = static_cast<int>(o.history_width);
-        const int column = static_cast<int>(seen - n + i) % width;
-        to[column < 0 ? column + width : column] = x;
+    float* to = observed_history(p, store, kept) + j * o.history_row_stride;
+    for (int i = 0; i < n; ++i) {
+      float x = -__builtin_huge_valf();
+      if (j < p.visible(length, i)) {
+        x = observed_reduce(o.reduce, first, last, [&](int g) { return logit(g, i); });
       }
+      const int width = static_cast<int>(o.history_width);
+      const int column = static_cast<int>(seen - n + i) % width;
+      to[column < 0 ? column + width : column] = x;
     }
+  };
+  if (o.history != nullptr && !o.history_by_head) record(0, 0, group);
+  if (o.history != nullptr && o.history_by_head) {
+    for (int g = 0; g < group; ++g) record(g, g, g + 1);
   }
 }
 

@@ -1,7 +1,7 @@
 // Small arithmetic that kernels share.
 #pragma once
 
-#include <cstdint>
+#include "host/fast_divisor.h"
 
 namespace kvc {
 
@@ -18,21 +18,5 @@ __device__ __forceinline__ float nan_max(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
-
-// Division of 0 <= n < 2^31 by a divisor that is known on the host: a product and a shift. Divisor
-// at least 2.
-struct FastDivisor {
-  uint32_t divisor, multiplier, shift;
-
-  explicit FastDivisor(uint32_t d) : divisor(d) {
-    uint32_t log2 = 0;
-    while ((uint64_t{1} << log2) < d) ++log2;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + log2)) + d - 1) / d);
-    shift = log2 - 1;
-  }
-  __device__ __forceinline__ int quotient(int n) const {
-    return static_cast<int>(__umulhi(static_cast<uint32_t>(n), multiplier) >> shift);
-  }
-};
 
 }  // namespace kvc

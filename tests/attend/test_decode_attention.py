@@ -118,6 +118,16 @@ def test_many_stores(num_kv_heads, device):
     check(q, k, v, lengths=lengths)
 
 
+@pytest.mark.parametrize("stores", [120, 132, 135, 264, 500])
+def test_as_many_stores_as_workers(stores, device):
+    """One length for all, and stores enough that a worker has one or more whole ones."""
+    q, k, v = make(1, 2 * stores, stores, 1, 50, 64, torch.bfloat16, device)
+    check(q, k, v)
+    known = kvcompress.decode_attention(q, k, v)
+    found = kvcompress.decode_attention(q, k, v, lengths=int32([50], device))
+    assert all(torch.equal(x, y) for x, y in zip(known, found))
+
+
 def test_far_smaller_than_capacity(device):
     q, k, v = make(2, 8, 2, 1, 20_000, 64, torch.bfloat16, device)
     check(q, k, v, lengths=int32([3, 200], device))

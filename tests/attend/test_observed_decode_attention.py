@@ -87,6 +87,17 @@ def test_how(decay, power, group_reduce, num_queries, device):
     check(q, k, v, history=history, seen=int32([[7], [2]], device), group_reduce=group_reduce)
 
 
+@pytest.mark.parametrize("stores", [8, 132, 500])
+@pytest.mark.parametrize("q_per_kv", [1, 2, 8])
+def test_as_many_stores_as_workers(stores, q_per_kv, device):
+    """One length for all; where stores are many, a worker has one or more whole ones."""
+    q, k, v = make(1, q_per_kv * stores, stores, 1, 70, 64, torch.bfloat16, device)
+    lengths = int32([69], device)
+    check(q, k, v, lengths=lengths, sums=some((1, stores, 70), device), decay=0.5)
+    history = torch.zeros(1, q_per_kv * stores, 70, 2, device=device)
+    check(q, k, v, lengths=lengths, sums=some((1, q_per_kv * stores, 70), device), history=history, seen=lengths)
+
+
 @pytest.mark.parametrize("capacity", [1, 15, 16, 17, 129, 1023, 1024, 1025, 3000])
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 def test_sizes(capacity, dtype, device):
