@@ -23,6 +23,9 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     for batch, length in prompts(device, quick=quick):
         for k in budgets(length):
             yield compaction(device, batch, length, k)
+    for mean in (1024,) if quick or device.type == "cpu" else (1024, 8192, 32768):
+        for share in (1, 10):
+            yield ragged_compaction(device, mean, share)
 
 
 def sweep(device: torch.device) -> Iterator[Case]:
@@ -94,4 +97,40 @@ def compaction(device: torch.device, batch: int, length: int, k: int) -> Case:
         graph=True,
         core=True,
         params={"batch": batch, "seq_len": length, "k": k, "dtype": "bfloat16"},
+    )
+
+
+def ragged_compaction(device: torch.device, mean: int, share: int) -> Case:
+    """A packed store cut to a quarter of every head, one head with `share` times the entries of another."""
+    rest = 4 * mean * HEADS // (share + HEADS - 1)
+    lengths = torch.tensor([4 * mean * HEADS - rest * (HEADS - 1)] + [rest] * (HEADS - 1))
+    room = 128
+    starts = (lengths + room).cumsum(0) - lengths - room
+    slots = int((lengths + room).sum())
+    counts = lengths // 4
+
+    def make():
+        kv = [torch.randn(slots, DIM, device=device, dtype=torch.bfloat16) for _ in range(2)]
+        parts = [
+            random_index(1, int(n), int(k), device, heads=1).flatten()
+            for n, k in zip(lengths.tolist(), counts.tolist())
+        ]
+        indptr = torch.tensor([0, *counts.tolist()]).cumsum(0).int().to(device)
+        flat = torch.cat([part + int(start) for part, start in zip(parts, starts)]).int()[None, None]
+        return kv, torch.cat(parts), indptr, starts.to(device), flat
+
+    moved = 2 * int(counts.sum()) * DIM * 2
+    return Case(
+        op="compact_ragged_",
+        label=f"{HEADS} heads of mean {4 * mean}, k {mean}, one head {share}x",
+        make=make,
+        variants={
+            "kvcompress": lambda x: kvcompress.compact_ragged_(x[0], *x[1:4]),
+            "kvcompress.gather into new buffers": lambda x: kvcompress.gather([t[None, None] for t in x[0]], x[4]),
+        },
+        read=moved,
+        written=moved,
+        footprint=8 * moved,
+        graph=True,
+        params={"mean": 4 * mean, "k": mean, "largest": share, "dtype": "bfloat16"},
     )

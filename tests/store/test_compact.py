@@ -63,7 +63,20 @@ def test_sizes(seq_len, k, device):
 
 @pytest.mark.parametrize("k", [300, 2600])
 @pytest.mark.parametrize(
-    "pattern", ["tail", "head", "shift_by_one", "one_far", "head_then_tail", "every_other", "none"]
+    "pattern",
+    [
+        "tail",
+        "head",
+        "shift_by_one",
+        "shift_by_many",
+        "one_far",
+        "head_then_tail",
+        "head_then_every_other",
+        "every_other",
+        "four_of_five",
+        "five_of_six",
+        "none",
+    ],
 )
 def test_patterns(pattern, k, device):
     seq_len = 2 * k
@@ -71,9 +84,13 @@ def test_patterns(pattern, k, device):
         "tail": range(seq_len - k, seq_len),
         "head": range(k),
         "shift_by_one": range(1, k + 1),
+        "shift_by_many": range(k // 3, k // 3 + k),
         "one_far": [*range(k - 1), seq_len - 1],
         "head_then_tail": [*range(k // 2), *range(seq_len - k + k // 2, seq_len)],
+        "head_then_every_other": [*range(k // 2), *range(k // 2, seq_len, 2)][:k],
         "every_other": range(0, seq_len, 2),
+        "four_of_five": [i for i in range(seq_len) if i % 5 != 2][:k],
+        "five_of_six": [i for i in range(seq_len) if i % 6 != 2][:k],
         "none": [-1] * k,
     }[pattern]
     index = torch.tensor([*kept], dtype=torch.int32, device=device).expand(1, 3, k).contiguous()

@@ -12,24 +12,26 @@ import kvcompress
 pytestmark = pytest.mark.cuda
 
 STREAMS = 4
-# (batch, heads, longest seq_len, rounds of calls). Many rows go to single blocks, few long ones to clusters of 2 to 8.
+# (batch, heads, longest seq_len, rounds of calls). Many rows go to single blocks, few long ones to larger clusters.
 SHAPES = [(25, 20, 700, 20), (13, 8, 5000, 6), (2, 8, 20_000, 10), (1, 2, 60_000, 10), (40, 8, 9000, 2)]
 
 
-def random_index(batch: int, heads: int, seq_len: int, k: int, kind: int) -> torch.Tensor:
-    """[batch, heads, k] int32, ascending: scattered, a run that is shifted, or kept at both ends; some rows shorter."""
-    if kind == 0:
-        index = torch.rand(batch, heads, seq_len, device="cuda").argsort(-1)[..., :k].sort(-1).values
-    elif kind == 1:
-        shift = torch.randint(0, seq_len - k + 1, (batch, heads, 1), device="cuda")
-        index = torch.arange(k, device="cuda") + shift
-    else:
-        head = torch.randint(0, k + 1, (batch, heads, 1), device="cuda")
-        slot = torch.arange(k, device="cuda")
-        index = torch.where(slot < head, slot, slot + seq_len - k)
-    counts = torch.randint(0, k + 1, (batch, heads, 1), device="cuda")
-    counts = torch.where(torch.rand(batch, heads, 1, device="cuda") < 0.3, counts, k)
-    return torch.where(torch.arange(k, device="cuda") < counts, index, -1).int()
+def random_index(batch: int, heads: int, seq_len: int, k: int) -> torch.Tensor:
+    """[batch, heads, k] int32, ascending: each row scattered, a run that is shifted, kept at both ends, or with one entry
+    dropped out of every few from somewhere on; some rows shorter.
+    """
+    row, slot = (batch, heads, 1), torch.arange(k, device="cuda")
+    scattered = torch.rand(batch, heads, seq_len, device="cuda").argsort(-1)[..., :k].sort(-1).values
+    shifted = slot + torch.randint(0, seq_len - k + 1, row, device="cuda")
+    head = torch.randint(0, k + 1, row, device="cuda")
+    both_ends = torch.where(slot < head, slot, slot + seq_len - k)
+    first, every = torch.randint(0, k + 1, row, device="cuda"), torch.randint(2, 9, row, device="cuda")
+    thinned = slot + ((slot - first).clamp(min=0) // every).clamp(max=seq_len - k)
+    kind = torch.randint(0, 4, row, device="cuda")
+    index = torch.stack([scattered, shifted, both_ends, thinned]).gather(0, kind.expand(batch, heads, k)[None])[0]
+    counts = torch.randint(0, k + 1, row, device="cuda")
+    counts = torch.where(torch.rand(row, device="cuda") < 0.3, counts, k)
+    return torch.where(slot < counts, index, -1).int()
 
 
 def expected(t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,7 @@ def test_stress(batch, heads, longest, rounds):
             torch.manual_seed(1000 * number + lane)
             seq_len = int(torch.randint(1 if longest < 1000 else longest // 2, longest + 1, ()))
             k = int(torch.randint(1, seq_len + 1, ())) if lane % 2 else max(1, seq_len // 4)
-            index = random_index(batch, heads, seq_len, k, (number + lane) % 3)
+            index = random_index(batch, heads, seq_len, k)
             shape = (batch, heads, seq_len)
             dim = dims[(number + 3 * lane) % len(dims)] if batch * heads * longest < 10**6 else 8
             tensors = [
@@ -91,7 +93,7 @@ def test_ragged_stress(heads, longest, rounds):
             lengths[int(torch.randint(0, heads, ()))] = longest
             stretch = lengths + int(torch.randint(0, 200, ()))
             row_start, slots = stretch.cumsum(0) - stretch, int(stretch.sum())
-            kept = random_index(1, heads, longest, longest, (number + lane) % 3)[0].cpu()
+            kept = random_index(1, heads, longest, longest // 2)[0].cpu()
             keep = (lengths * (0.25 if lane % 2 == 0 else float(torch.rand(())))).long()
             parts = [row[(row >= 0) & (row < n)][:m] for row, n, m in zip(kept, lengths, keep)]
             indptr = torch.tensor([0, *map(len, parts)]).cumsum(0)
