@@ -4,10 +4,13 @@ Steps: a model of Llama 3.1 8B's shape with random weights (--layers says how mu
 replayed in turns. Beside ours: transformers' StaticCache with SDPA over 32k and over 1024 slots, and our fixed store of 1024 entries that
 evicts nothing.
 
+Eager: the same steps launched one by one, as a plain Python loop does, beside what `bench.peer_decode` measured (--add).
+
 Streams: --tokens tokens of a small model through one captured step: allocator figures before and after, and the first
 against the last thousand tokens.
 
     python bench/decode.py steps --layers 32 --out decode.json
+    python bench/decode.py eager --add peer.json --out decode_eager.json
     python bench/decode.py streams --tokens 20000 --budget 512 --out streams.json
 """
 
@@ -25,9 +28,9 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from bench.e2e import LLAMA_8B, SMALL
+from bench.shapes import LLAMA_8B, SMALL
 from kvcompress.methods import create
-from kvcompress.models import FixedCache, attach
+from kvcompress.models import CompressedCache, FixedCache, attach
 
 REPLAYS, ROUNDS = 16, 5
 
@@ -44,14 +47,14 @@ def build(shape, layers, device, dtype):
 class Step:
     """One decode step of a model over a cache that holds a prompt: launched, or replayed as a CUDA graph."""
 
-    def __init__(self, model, cache, prompt_len):
+    def __init__(self, model, cache, prompt_len, *, count=True):
         self.model, self.cache = model, cache
         ids = torch.randint(0, model.config.vocab_size, (1, prompt_len), device=model.device)
         self.token = ids[:, :1].clone()
         self.position = torch.full_like(self.token, prompt_len)
         model(ids, past_key_values=cache, logits_to_keep=1)
         self.launch()  # lazy initialisations
-        self.kernels = self._count() if model.device.type == "cuda" else None
+        self.kernels = self._count() if count and model.device.type == "cuda" else None
         self.graph = None
 
     def launch(self):
@@ -156,6 +159,54 @@ def steps(args):
 
 
 @torch.inference_mode()
+def eager(args):
+    """ms a token of steps that are launched, cache after cache; and the peer's, measured in its own environment."""
+    cuda = args.device == "cuda"
+    model = build(
+        SMALL if args.small else LLAMA_8B, args.layers, args.device, torch.bfloat16 if cuda else torch.float32
+    )
+    budget, rows = args.budget, []
+    fixed = {
+        "FixedCache, nothing evicted": create("snapkv", budget=budget),
+        "FixedCache, morphkv": create("morphkv", budget=budget),
+        "FixedCache, h2o": create("h2o", budget=budget, decode=True),
+        "FixedCache, tova": create("tova", budget=budget, decode=True),
+        "FixedCache, streaming_llm": create("streaming_llm", budget=budget),
+    }
+    caches = {name: partial(FixedCache, method=method, room=args.steps + 16) for name, method in fixed.items()}
+    for every in (1, 512):
+        method = create("knorm", budget=budget, decode=True, every=every, skip_layers=())
+        caches[f"CompressedCache, knorm, every {every}"] = partial(CompressedCache, method=method)
+    for name, make in caches.items():
+        steps = max(args.steps, 512) if name.endswith("512") else args.steps
+        with attach(model):
+            step = Step(model, make(model.config), budget + 64, count=False)
+            taken = []
+            for _ in range(8 + steps):
+                if cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                step.run()
+                if cuda:
+                    torch.cuda.synchronize()
+                taken.append((time.perf_counter() - start) * 1e3)
+        taken = taken[8:]
+        rows.append(
+            {
+                "cache": name,
+                "ms": statistics.fmean(taken),
+                "median_ms": statistics.median(taken),
+                "entries": max(max(layer.entries) for layer in step.cache.stats().layers),
+                "transformers": transformers.__version__,
+                "launched": True,
+            }
+        )
+        print(f"{name:44s} {rows[-1]['ms']:8.3f} ms a token, {rows[-1]['entries']} entries", flush=True)
+    peer = json.loads(args.add.read_text()) if args.add else {"absent": {"kvpress DecodingPress": "not measured"}}
+    return {"layers": args.layers, "budget": budget, "rows": rows + peer.pop("rows", []), **peer}
+
+
+@torch.inference_mode()
 def streams(args):
     """Memory and time of a long stream, method by method."""
     model = build(SMALL, args.layers, args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
@@ -209,20 +260,26 @@ def streams(args):
     return {"layers": args.layers, "budget": budget, "rows": rows}
 
 
+PARTS = {"steps": steps, "eager": eager, "streams": streams}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["steps", "streams"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--full", type=int, default=32768)
     parser.add_argument("--no-full", action="store_true", help="without the caches of --full entries")
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--parts", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=128, help="tokens that are launched and timed")
+    parser.add_argument("--small", action="store_true", help="a model of a few MB, to try the program")
+    parser.add_argument("--add", type=Path, help="what bench/peer_decode.py wrote in its own environment")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    result = {"part": args.part, **machine(args.device), **{"steps": steps, "streams": streams}[args.part](args)}
+    result = {"part": args.part, **machine(args.device), **PARTS[args.part](args)}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

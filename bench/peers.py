@@ -140,6 +140,22 @@ def kvpress_snapkv() -> tuple[Callable[..., torch.Tensor], Callable[..., object]
     return scores, step
 
 
+def kvpress_decoding() -> Callable[[int, int], Any] | str:
+    """DecodingPress of kvpress over the norms of the keys, for a number of entries and of tokens between two evictions."""
+    decoding = _submodule("kvpress", "presses.decoding_press")
+    norms = _submodule("kvpress", "presses.knorm_press")
+    for module in (decoding, norms):
+        if isinstance(module, str):
+            return module
+
+    def press(entries: int, every: int) -> Any:
+        return decoding.DecodingPress(
+            base_press=norms.KnormPress(), compression_interval=every, target_size=entries, hidden_states_buffer_size=0
+        )
+
+    return press
+
+
 def flashinfer_topk() -> Callable[[torch.Tensor, int], object] | str:
     """flashinfer.top_k with ties to the smaller index; it does not order its output."""
     module = _submodule("flashinfer", "topk")
