@@ -45,6 +45,7 @@ Tensor history_scores(const Tensor& history, const Tensor& positions, const Tens
       .capacity = capacity,
       .width = width,
       .window = window,
+      .heads_a_unit = static_cast<int32_t>(units == 0 ? 1 : heads / units),
   };
   require(window >= 0, kOp, "window", "at least 0", text(window));
   require(fuse == 0 || fuse == 1, kOp, "fuse", "0 (sum) or 1 (max)", text(fuse));

@@ -14,6 +14,10 @@ namespace {
 
 constexpr const char* kOp = "evict_append_";
 
+int32_t heads_a_unit(int64_t heads, int64_t units) {
+  return static_cast<int32_t>(units == 0 ? 0 : heads / units);
+}
+
 // Scores [batch, heads, capacity], or history with one dimension more.
 EntryFloats entry_floats(const char* name, const std::optional<Tensor>& t, const Tensor& positions,
                          int64_t rank, const char* layout) {
@@ -38,7 +42,8 @@ EntryFloats entry_floats(const char* name, const std::optional<Tensor>& t, const
           .head_stride = t->stride(1),
           .row_stride = t->stride(2),
           .heads = heads,
-          .width = rank == 4 ? t->size(3) : 1};
+          .width = rank == 4 ? t->size(3) : 1,
+          .heads_a_unit = heads_a_unit(heads, units)};
 }
 
 void check_pair(const Tensor& buffer, const Tensor& rows, const Tensor& positions, int64_t n,
@@ -60,11 +65,52 @@ void check_pair(const Tensor& buffer, const Tensor& rows, const Tensor& position
           shape_string(rows) + at(i));
 }
 
+// Where the ranks come from: 0, or a HistoryFuse + 1.
+void check_fuse(int64_t fuse, bool has_scores, const std::optional<Tensor>& history) {
+  require(fuse >= 0 && fuse <= 2, kOp, "fuse", "0 (none), 1 (sum) or 2 (max)", text(fuse));
+  if (fuse == 0) return;
+  require(history.has_value(), kOp, "history", "there with fuse", "none");
+  require(!has_scores, kOp, "scores", "absent with fuse", "scores");
+  const int64_t width = history->size(3);
+  require(width >= 1 && width <= kHistoryMaxWidth, kOp, "history",
+          "of a width from 1 to 1024 with fuse", text(width));
+}
+
+void set_sinks(EvictAppendParams& params, const std::optional<Tensor>& sinks,
+               const std::optional<Tensor>& inv_freq, const Tensor& keys) {
+  require(sinks.has_value() == inv_freq.has_value(), kOp, "inv_freq", "there with sinks alone",
+          inv_freq.has_value() ? "no sinks" : "none");
+  if (!sinks.has_value()) return;
+  check_rank(kOp, "sinks", *sinks, 4, "[batch, heads, num_sinks, head_dim]");
+  params.sink_dtype = float_dtype(kOp, "sinks", *sinks);
+  check_same_dtype(kOp, "sinks", *sinks, keys, "buffers[0]");
+  check_same_device(kOp, "sinks", *sinks, keys, "buffers[0]");
+  require(keys.dim() == 4 && sinks->size(0) == keys.size(0) && sinks->size(1) == keys.size(1) &&
+              sinks->size(3) == keys.size(3) && sinks->size(2) <= keys.size(2),
+          kOp, "sinks",
+          "of the shape of buffers[0] " + shape_string(keys) + " but for fewer entries",
+          shape_string(*sinks));
+  check_last_contiguous(kOp, "sinks", *sinks);
+  check_rank(kOp, "inv_freq", *inv_freq, 1, "[rotary_dim / 2]");
+  check_dtype(kOp, "inv_freq", *inv_freq, ScalarType::Float);
+  check_same_device(kOp, "inv_freq", *inv_freq, keys, "buffers[0]");
+  check_last_contiguous(kOp, "inv_freq", *inv_freq);
+  require(2 * inv_freq->size(0) <= keys.size(3), kOp, "inv_freq",
+          "[at most " + text(keys.size(3) / 2) + "]", shape_string(*inv_freq));
+  if (sinks->numel() == 0 || inv_freq->size(0) == 0) return;
+  params.sinks = rows_of(*sinks, /*is_written=*/false);
+  params.sinks_a_unit = heads_a_unit(sinks->size(1), params.units);
+  params.num_sinks = sinks->size(2);
+  params.inv_freq = static_cast<const float*>(inv_freq->const_data_ptr());
+  params.half = inv_freq->size(0);
+}
+
 Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor>& rows,
                     const Tensor& positions, const Tensor& lengths, const Tensor& seen,
                     const std::optional<Tensor>& scores, const std::optional<Tensor>& history,
-                    const std::optional<Tensor>& limits, int64_t sink, int64_t window,
-                    double fresh) {
+                    const std::optional<Tensor>& limits, const std::optional<Tensor>& sinks,
+                    const std::optional<Tensor>& inv_freq, int64_t sink, int64_t window,
+                    double fresh, int64_t fuse) {
   check_rank(kOp, "positions", positions, 3, "[batch, units, capacity]");
   check_dtype(kOp, "positions", positions, ScalarType::Int);
   check_last_contiguous(kOp, "positions", positions);
@@ -99,17 +145,20 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
   if (limits.has_value()) {
     params.limits = unit_counts<const int32_t>(kOp, "limits", *limits, positions, false);
   }
+  set_sinks(params, sinks, inv_freq, buffers[0]);
   require(n >= 1 && n <= std::min(kEvictMaxNew, capacity), kOp, "n",
           "from 1 to 8 and at most the capacity (" + text(capacity) + ")", text(n));
   require(sink >= 0, kOp, "sink", "at least 0", text(sink));
   require(window >= 0, kOp, "window", "at least 0", text(window));
   require(sink + window < capacity, kOp, "window",
           "below the capacity less the sink (" + text(capacity - sink) + ")", text(window));
+  check_fuse(fuse, scores.has_value(), history);
   for (size_t i = 0; i < buffers.size(); ++i) {
     if (rows[i].numel() == 0) continue;
     const int32_t to = params.num_tensors++;
     params.buffers[to] = rows_of(buffers[i], /*is_written=*/true);
     params.rows[to] = rows_of(rows[i], /*is_written=*/false);
+    params.heads_a_unit[to] = heads_a_unit(rows[i].size(1), units);
     params.word_bytes[to] = static_cast<int32_t>(
         std::min(access_width(params.buffers[to]), access_width(params.rows[to])));
   }
@@ -119,6 +168,12 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
   }
   Tensor slots = torch::stable::new_empty(positions, {batch, units, n});
   params.slots = slots.mutable_data_ptr<int32_t>();
+  Tensor ranks;
+  if (fuse != 0) {
+    params.fuse = static_cast<HistoryFuse>(fuse - 1);
+    ranks = torch::stable::new_empty(*history, {batch, units, capacity});
+    params.ranks = ranks.mutable_data_ptr<float>();
+  }
   if (batch * units > 0) KVC_LAUNCH(evict_append, positions, params);
   return slots;
 }

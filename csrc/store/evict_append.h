@@ -14,12 +14,27 @@
 // comes first. NaN is below every number. Of equal scores the smaller position stays, as in topk.
 // Entries written by the same call never leave; where victims run out the slot is -1 and the token
 // is not stored. At the end seen += n.
+//
+// With `by_history` the scores are those that history_scores makes of the history, with the same
+// window, before anything is written: ranking, victim and append in one launch.
+//
+// With `sinks`, keys of the first tokens as they were rotated first, at last
+//
+//   buffers[0][i] = R(seen - lengths) sinks[i]
+//
+// where R(s) turns the pair (j, j + half) by s * inv_freq[j]: angles in double, products in float,
+// rounded once. So the sinks stand before a window that rolls (StreamingLLM).
+//
+// Ragged stores: rows of all units lie packed, those of unit (b, u) from row_start[b * units + u]
+// on. Batch and head strides of whatever lies in the store are 0 then.
 #pragma once
 
 #include <cstdint>
 
+#include "host/dtype.h"
 #include "host/rows.h"
 #include "host/unit_counts.h"
+#include "score/history_scores.h"
 #include "select/topk.h"
 
 namespace kvc {
@@ -31,6 +46,7 @@ struct EntryFloats {
   float* data;                                    // null: there are none
   int64_t batch_stride, head_stride, row_stride;  // in elements
   int64_t heads, width;
+  int32_t heads_a_unit;
 
   constexpr float* at(int64_t b, int64_t h, int64_t slot) const {
     return data + b * batch_stride + h * head_stride + slot * row_stride;
@@ -45,11 +61,37 @@ struct EvictAppendParams {
   UnitCounts<int32_t> lengths, seen;
   UnitCounts<const int32_t> limits;  // data null: the capacity
   EntryFloats scores, history;
-  int32_t* slots;  // [batch, units, n] contiguous
-  int64_t batch, units, capacity, n, sink, window;
+  const int64_t* row_start;  // [batch * units], null: a dense store, where every unit begins at 0
+  float* ranks;              // [batch, units, capacity] scratch, null: not by history
+  Rows sinks;                // [batch, heads, num_sinks] rows of `sink_dtype`, data null: none
+  const float* inv_freq;     // [half]
+  int32_t* slots;            // [batch, units, n] contiguous
+  int64_t batch, units, capacity, n, sink, window, num_sinks, half;
   float fresh;
   int32_t num_tensors;
-  int32_t word_bytes[kMaxTensors];  // widest access that buffers[i] and rows[i] allow
+  int32_t word_bytes[kMaxTensors];    // widest access that buffers[i] and rows[i] allow
+  int32_t heads_a_unit[kMaxTensors];  // of buffers[i]
+  int32_t sinks_a_unit;               // heads of them
+  HistoryFuse fuse;
+  DType sink_dtype;
+
+  // What is added to a slot of unit (b, u) of everything that lies in the store.
+  constexpr int64_t base(int64_t b, int64_t u) const {
+    return row_start == nullptr ? 0 : row_start[b * units + u];
+  }
+  constexpr float* ranks_of(int64_t b, int64_t u) const {
+    return ranks + (b * units + u) * capacity;
+  }
+  // The history of one head of a unit, whose candidates are told by the same window.
+  constexpr HistoryHead history_of(int64_t b, int64_t u, int64_t h, int64_t seen) const {
+    const int64_t first = base(b, u);
+    return {.history = history.at(b, h, first),
+            .row_stride = history.row_stride,
+            .positions = positions + b * positions_batch_stride + u * positions_unit_stride + first,
+            .position_end = seen - window,
+            .width = static_cast<int32_t>(history.width),
+            .fuse = fuse};
+  }
 };
 
 // Entries that leave earlier are smaller.
@@ -82,5 +124,6 @@ constexpr bool evict_protected(const EvictAppendParams& p, int32_t position, int
 
 void evict_append_cpu(const EvictAppendParams& params);
 void evict_append_cuda(const EvictAppendParams& params, void* stream);
+void evict_by_history_cuda(const EvictAppendParams& params, void* stream);  // params.ranks is there
 
 }  // namespace kvc

@@ -28,9 +28,12 @@ def evict_append_(
     scores: Tensor | None = None,
     history: Tensor | None = None,
     limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    inv_freq: Tensor | None = None,
     sink: int = 0,
     window: int = 0,
     fresh: float = 0.0,
+    fuse: Literal["sum", "max"] | None = None,
 ) -> Tensor:
     """Writes new entries into a store of fixed room; once it is full, each overwrites the entry that matters least.
 
@@ -40,10 +43,14 @@ def evict_append_(
     - else the slot is that of the stored entry with the lowest score, among those with ``sink <= position < seen + t -
       window``: outside the first `sink` tokens and the newest `window` ones, whatever slots these lie in. Scores are added
       up over the unit's heads in their order. NaN is below every number; of equal scores the smaller position stays, as
-      in `topk`. Without scores the smallest position leaves: a ring, as streaming and sliding windows need.
+      in `topk`. Without scores the smallest position leaves: a ring, as streaming and sliding windows need. With `fuse` the
+      scores are ``history_scores(history, positions, lengths, seen, window=window, fuse=fuse)`` of the store before the call,
+      without a launch of their own.
 
     Then ``buffers[slot] = rows[t]``, ``positions[slot] = seen + t``, ``scores[slot] = fresh``, ``history[slot] = -inf``, and at
-    the end ``seen += n``. Entries written by one call never displace each other. If all entries are protected (a limit of
+    the end ``seen += n``. With `sinks`, at last ``buffers[0][i] = rerotate(sinks[i], seen - lengths, inv_freq)`` for the first
+    slots: the first tokens move up by as many positions as entries have left behind them, always from where they began, so
+    nothing drifts (`kvcompress.rotary.SinkRotation`). Entries written by one call never displace each other. If all entries are protected (a limit of
     ``sink + window`` or less) the lowest of these leaves all the same. Slots are in no order; attention does not mind.
 
     One launch, a block a unit, two row writes a head; lengths and counters are read and written on the device, so the
@@ -60,9 +67,13 @@ def evict_append_(
         scores: ``[batch, score heads, capacity]`` float32, higher = keep, score heads a multiple of units; changed in place.
         history: ``[batch, heads, capacity, width]`` float32, what earlier queries thought of an entry; changed in place.
         limits: ``[batch, units]`` int32, room of each unit, at most the capacity; None: the capacity.
+        sinks: ``[batch, heads, num_sinks, head_dim]``, float32, float16 or bfloat16 like buffers[0], whose first slots hold the
+            first tokens: their keys as they were rotated first.
+        inv_freq: ``[rotary_dim / 2]`` float32, the model's frequencies, with sinks; dimensions beyond 2 of each are left alone.
         sink: first tokens that never leave.
         window: newest stored tokens that do not leave; ``sink + window < capacity``.
         fresh: score of a new entry.
+        fuse: ranks by history instead of scores, at a history's width from 1 to 1024.
 
     Returns:
         slots ``[batch, units, n]`` int32, where each new entry went; -1 where a call brings more tokens than its unit's limit
@@ -72,7 +83,7 @@ def evict_append_(
         ValueError, TypeError: ``evict_append_: argument must be ..., got ...``. Values of `lengths` are checked under
             `set_debug` only.
 
-    Scratch: none.
+    Scratch: with fuse ``4 * batch * units * capacity`` bytes.
 
     Source: H2O's in-place form of its heavy hitters (FlexGen backend) does the same with two row moves a head; TOVA,
     arXiv 2401.06104, with one victim for all heads; StreamingLLM, arXiv 2309.17453, as a ring.
@@ -86,8 +97,9 @@ def evict_append_(
         ([0.0, 5.0, 4.0], [[[0, 5, 4]]])
     """
     op = torch.ops.kvcompress.evict_append_.default
-    args = (buffers, rows, positions, lengths, seen, scores, history, limits, sink, window, fresh)
-    return _check.call(op, *args)
+    code = 0 if fuse is None else 1 + _fuse_code("evict_append_", fuse)
+    state = (positions, lengths, seen, scores, history, limits, sinks, inv_freq)
+    return _check.call(op, buffers, rows, *state, sink, window, fresh, code)
 
 
 def history_scores(
@@ -131,10 +143,15 @@ def history_scores(
         >>> kvcompress.history_scores(history, positions, full, full, window=4)[0, 0].sum()  # four queries, one each
         tensor(4.)
     """
+    code = _fuse_code("history_scores", fuse)
+    return _check.call(torch.ops.kvcompress.history_scores.default, history, positions, lengths, seen, window, code)
+
+
+def _fuse_code(op: str, fuse: str) -> int:
     code = _FUSE.get(fuse)
     if code is None:
-        raise ValueError(f'history_scores: fuse must be "sum" or "max", got "{fuse}"')
-    return _check.call(torch.ops.kvcompress.history_scores.default, history, positions, lengths, seen, window, code)
+        raise ValueError(f'{op}: fuse must be "sum" or "max", got "{fuse}"')
+    return code
 
 
 # --- fakes: shapes, and the checks of csrc/store/evict_append.cpp and csrc/score/history_scores.cpp in the same words and order
@@ -176,6 +193,38 @@ def _entry_floats(op: str, argument: str, t: Tensor | None, positions: Tensor, r
     _check.require(not _overlaps(t, rank - 1), op, argument, "free of overlaps", "a stride of 0")
 
 
+def _check_sinks(op: str, sinks: Tensor | None, inv_freq: Tensor | None, keys: Tensor) -> None:
+    got = "none" if inv_freq is None else "no sinks"
+    _check.require((sinks is None) == (inv_freq is None), op, "inv_freq", "there with sinks alone", got)
+    if sinks is None or inv_freq is None:
+        return
+    _check.rank(op, "sinks", sinks, 4, "[batch, heads, num_sinks, head_dim]")
+    _check.float_dtype(op, "sinks", sinks)
+    _check.same_dtype(op, "sinks", sinks, keys, "buffers[0]")
+    _check.same_device(op, "sinks", sinks, keys, "buffers[0]")
+    must = f"of the shape of buffers[0] {_check.shape_string(keys)} but for fewer entries"
+    same = keys.dim() == 4 and sinks.shape == (*keys.shape[:2], sinks.shape[2], keys.shape[3])
+    _check.require(same and sinks.shape[2] <= keys.shape[2], op, "sinks", must, _check.shape_string(sinks))
+    _check.last_contiguous(op, "sinks", sinks)
+    _check.rank(op, "inv_freq", inv_freq, 1, "[rotary_dim / 2]")
+    _check.dtype(op, "inv_freq", inv_freq, torch.float32)
+    _check.same_device(op, "inv_freq", inv_freq, keys, "buffers[0]")
+    _check.last_contiguous(op, "inv_freq", inv_freq)
+    most = keys.shape[3] // 2
+    got = _check.shape_string(inv_freq)
+    _check.require(inv_freq.shape[0] <= most, op, "inv_freq", f"[at most {most}]", got)
+
+
+def _check_fuse(op: str, fuse: int, scores: Tensor | None, history: Tensor | None) -> None:
+    _check.require(fuse in (0, 1, 2), op, "fuse", "0 (none), 1 (sum) or 2 (max)", fuse)
+    if fuse == 0:
+        return
+    _check.require(history is not None, op, "history", "there with fuse", "none")
+    _check.require(scores is None, op, "scores", "absent with fuse", "scores")
+    width = history.shape[3] if history is not None else 0
+    _check.require(1 <= width <= _MAX_WIDTH, op, "history", "of a width from 1 to 1024 with fuse", width)
+
+
 @library.register_fake("kvcompress::evict_append_")
 def _(
     buffers: Sequence[Tensor],
@@ -186,9 +235,12 @@ def _(
     scores: Tensor | None,
     history: Tensor | None,
     limits: Tensor | None,
+    sinks: Tensor | None,
+    inv_freq: Tensor | None,
     sink: int,
     window: int,
     fresh: float,
+    fuse: int,
 ) -> Tensor:
     op = "evict_append_"
     _check.rank(op, "positions", positions, 3, "[batch, units, capacity]")
@@ -213,12 +265,14 @@ def _(
     _entry_floats(op, "history", history, positions, 4, "[batch, heads, capacity, width]")
     if limits is not None:
         _unit_counts(op, "limits", limits, positions, is_written=False)
+    _check_sinks(op, sinks, inv_freq, buffers[0])
     must = f"from 1 to 8 and at most the capacity ({capacity})"
     _check.require(1 <= n <= min(_MAX_NEW, capacity), op, "n", must, n)
     _check.require(sink >= 0, op, "sink", "at least 0", sink)
     _check.require(window >= 0, op, "window", "at least 0", window)
     must = f"below the capacity less the sink ({capacity - sink})"
     _check.require(sink + window < capacity, op, "window", must, window)
+    _check_fuse(op, fuse, scores, history)
     return positions.new_empty((batch, units, n))
 
 

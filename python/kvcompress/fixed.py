@@ -12,7 +12,7 @@ from kvcompress.cache import DenseStore
 from kvcompress.decode import decode_attention
 from kvcompress.evict import evict_append_
 from kvcompress.pipeline import Stages
-from kvcompress.rotary import SinkRotation, rerotate
+from kvcompress.rotary import SinkRotation
 from kvcompress.select import TopK, TopKRecent
 from kvcompress.statistic import FixedStatistic
 from kvcompress.when import EveryStep
@@ -91,9 +91,11 @@ class Turnover:
 class FixedStore:
     """One layer's entries in slots of no order: a new token takes a free slot, then that of the entry that matters least.
 
-    All counters live on the device and every step is the same few launches of the same shapes (`evict_append_`, then decode
-    attention, observed where a statistic wants it), so a step can be compiled or captured in a CUDA graph and then serves any
-    prompt. Buffers keep their addresses as long as the sizes stay.
+    All counters live on the device and every step is the same few launches of the same shapes: one that ranks, evicts and
+    appends (`evict_append_`, which moves StreamingLLM's sinks as well), two of decode attention, observed where a statistic
+    wants it, and for OBCache's key and joint scores one that looks at the values again: three launches a layer, at most
+    four. So a step can be compiled or captured in a CUDA graph and then serves any prompt. Buffers keep their addresses as
+    long as the sizes stay.
 
     Attributes:
         keys, values: ``[batch, heads, capacity, head_dim]``.
@@ -168,7 +170,11 @@ class FixedStore:
         new = store.keys.new_empty
         self.keys, self.values = new(shape), new((*shape[:3], store.values.shape[3]))
         self.positions = new((batch, units, capacity), dtype=torch.int32)
-        self.lengths, self.seen, self.limits, self._dropped = (new((batch, units), dtype=torch.int32) for _ in range(4))
+        self.lengths, self.seen, self.limits, self._dropped = (
+            # strides of their own, so that what wants one number a row of the batch gets it without a copy
+            store.keys.new_empty_strided((batch, units), (1, batch), dtype=torch.int32)
+            for _ in range(4)
+        )
         self.beside = {name: t.new_empty((*t.shape[:2], capacity, *t.shape[3:])) for name, t in store.beside.items()}
         self.sink_keys = new((*shape[:2], self.turnover.rotates, shape[3])) if self.turnover.rotates else None
         for tensor in self.tensors:
@@ -200,6 +206,7 @@ class FixedStore:
         Args:
             query: ``[batch, num_q_heads, n, head_dim]``.
             keys, values: ``[batch, num_kv_heads, n, head_dim]``.
+            inv_freq: ``[rotary_dim / 2]`` float32, the model's frequencies, where sinks move (StreamingLLM).
         """
         repeats = self.keys.shape[1] // keys.shape[1]
         if repeats > 1:
@@ -207,26 +214,27 @@ class FixedStore:
         parts = []
         for first in range(0, query.shape[2], _NEW):
             span = slice(first, first + _NEW)
-            self._append(keys[:, :, span], values[:, :, span])
-            if self.sink_keys is not None:
-                self._rotate(inv_freq)
+            self._append(keys[:, :, span], values[:, :, span], inv_freq)
             parts.append(self._attend(query[:, :, span], softmax_scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        statistic = self.turnover.statistic
-        scores, history = (None, None) if statistic is None else statistic.rank_fixed(self)
+    def _append(self, keys: Tensor, values: Tensor, inv_freq: Tensor | None) -> None:
+        rule = self.turnover
+        if self.sink_keys is not None and inv_freq is None:
+            raise ValueError("FixedStore: inv_freq must be given for in-cache positions, got None")
+        ranked = {} if rule.statistic is None else rule.statistic.rank_fixed(self)
         evict_append_(
             [self.keys, self.values],
             [keys, values],
             self.positions,
             self.lengths,
             self.seen,
-            scores=scores,
-            history=history,
             limits=self.limits,
-            sink=self.turnover.sink,
+            sinks=self.sink_keys,
+            inv_freq=None if self.sink_keys is None else inv_freq,
+            sink=rule.sink,
             window=self.window,
+            **ranked,
         )
 
     def _attend(self, query: Tensor, softmax_scale: float) -> Tensor:
@@ -234,14 +242,6 @@ class FixedStore:
         if statistic is not None:
             return statistic.attend_fixed(self, query, softmax_scale=softmax_scale)
         return decode_attention(query, self.keys, self.values, lengths=self.lengths, softmax_scale=softmax_scale)[0]
-
-    def _rotate(self, inv_freq: Tensor | None) -> None:
-        """The sinks, which slots 0, 1, ... hold, move up by what was evicted behind them."""
-        if inv_freq is None:
-            raise ValueError("FixedStore: inv_freq must be given for in-cache positions, got None")
-        assert self.sink_keys is not None
-        gap = (self.seen - self.lengths)[:, :, None]
-        self.keys[:, :, : self.turnover.rotates] = rerotate(self.sink_keys, gap, inv_freq)
 
     # --- what a model loop asks
 

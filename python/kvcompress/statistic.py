@@ -72,8 +72,8 @@ class FixedStatistic(Protocol):
         """Raises ValueError for parameters that a fixed store cannot follow."""
         ...
 
-    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
-        """What `evict_append_` takes as scores and history."""
+    def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
+        """What `evict_append_` ranks by: its arguments scores, history and fuse."""
         ...
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
@@ -218,8 +218,8 @@ class Sums:
                 "Sums: per_viewer must be False in a fixed store, which ranks by the sums themselves, got True"
             )
 
-    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
-        return store.beside["sums"], None
+    def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
+        return {"scores": store.beside["sums"]}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
         return observed_decode_attention_(
@@ -279,8 +279,8 @@ class Latest:
     def check_fixed(self) -> None:
         """Nothing is refused."""
 
-    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
-        return store.beside["latest"], None
+    def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
+        return {"scores": store.beside["latest"]}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
         return observed_decode_attention_(
@@ -368,10 +368,12 @@ class History:
     def check_fixed(self) -> None:
         """Nothing is refused."""
 
-    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
+    def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         history = store.beside["history"]
+        if store.window == self.window:
+            return {"history": history, "fuse": self.fuse}
         scores = history_scores(history, store.positions, store.lengths, store.seen, window=self.window, fuse=self.fuse)
-        return scores, history
+        return {"scores": scores, "history": history}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
         return observed_decode_attention_(

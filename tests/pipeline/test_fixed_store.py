@@ -76,6 +76,25 @@ def test_step_by_step_as_in_order(name, lengths, device):
             assert len(mine) - len(theirs) <= 1
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", FIXED)
+def test_launches_of_a_step(name, monkeypatch):
+    """Three a layer, and one more where OBCache looks at the values again; however many rows the batch has."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # a launch a new tensor
+    lengths = [60, 27]
+    q, k, v = tokens(lengths, STEPS, "cuda")
+    fixed = Fixed(Run(FIXED[name], q, k, v, lengths), FIXED[name])
+    fixed.step()
+    inv_freq, span = INV_FREQ.cuda(), slice(fixed.next, fixed.next + 1)
+    new = [x[:, :, span] for x in (q, k, v)]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fixed.store.step(*new, softmax_scale=DIM**-0.5, inv_freq=inv_freq)
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launches) == (4 if name.startswith("obcache") else 3), launches
+
+
 @pytest.mark.parametrize("name", ["h2o", "morphkv", "snapkv"])
 def test_loading_again_keeps_the_addresses(name, device):
     method = FIXED[name]

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvcompress
+from kvcompress.rotary import rerotate
 from tests import cases
 from tests.bad_inputs import Bad
 from tests.reference import store as reference
+from tests.reference.rotary import rope
 from tests.store.test_compact import DTYPES, fill, full, several
 
 INF, NAN = float("inf"), float("nan")
@@ -51,12 +53,19 @@ class Store:
     def check(self):
         cpu = [[t.cpu() for t in x] if isinstance(x, list) else x.cpu() for x in self.arguments()]
         options = {k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in self.options.items()}
+        if fuse := options.pop("fuse", None):  # an op of its own, with a reference of its own
+            state = (self.positions, self.lengths, self.seen)
+            window = options.get("window", 0)
+            ranks = kvcompress.history_scores(self.options["history"], *state, window=window, fuse=fuse)
+            options["scores"] = ranks.cpu()
         slots, buffers, *expected = reference.evict_append(*cpu, **options)
         got = kvcompress.evict_append_(*self.arguments(), **self.options)
         assert torch.equal(got.cpu(), slots)
         for ours, theirs in zip(self.buffers, buffers):
             assert torch.equal(ours.cpu(), theirs)
         left = [self.positions, self.lengths, self.seen, self.options.get("scores"), self.options.get("history")]
+        if fuse:
+            expected[3] = None
         for ours, theirs in zip(left, expected):
             if theirs is None:
                 assert ours is None
@@ -159,6 +168,93 @@ def test_history(width, device):
     history = torch.randn(2, 4, 30, width, device=device)
     scores = some_scores(2, 2, 30, device=device)
     Store(2, 2, 30, 3, held=[28, 30], device=device, scores=scores, history=history, window=4).check()
+
+
+@pytest.mark.parametrize("fuse", ["sum", "max"])
+@pytest.mark.parametrize("capacity", [5, 31, 129, 1025, 3000])
+@pytest.mark.parametrize("width", [1, 32, 33, 200])
+def test_by_history(width, capacity, fuse, device):
+    """The victims that history_scores and a second call would have chosen, to the bit of the scores."""
+    history = torch.randn(2, 3, capacity, width, device=device)
+    history[:, :, capacity // 2 :, 0] = -INF
+    options = {"history": history, "fuse": fuse, "sink": 1, "window": capacity // 4, "device": device}
+    Store(2, 3, capacity, 1, held=[capacity - 1, capacity], **options).check()
+
+
+@pytest.mark.parametrize("batch", [1, 70])
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_by_history_of_many(n, batch, device):
+    """More heads than a GPU has multiprocessors; several tokens, some of which still find room."""
+    history = torch.randn(batch, 8, 40, 12, device=device)
+    held = [40 - row % 3 for row in range(batch)]
+    limits = torch.full((batch, 8), 39, dtype=torch.int32, device=device)
+    Store(batch, 8, 40, n, held=held, device=device, history=history, fuse="sum", window=5, limits=limits).check()
+
+
+def test_by_history_of_all_heads(device):
+    """One victim for all heads: their ranks are added up in their order."""
+    history = torch.randn(2, 4, 300, 32, device=device)
+    for units in (1, 2):
+        Store(2, 4, 300, 2, units=units, device=device, history=history.clone(), fuse="sum", window=5).check()
+
+
+def test_by_history_nan(device):
+    """A NaN reaches every rank of its head, so the largest position leaves, as with NaN scores."""
+    history = torch.randn(1, 2, 200, 8, device=device)
+    history[0, 1, 17, 3] = NAN
+    Store(1, 2, 200, 1, device=device, history=history, fuse="sum").check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "half"), [(16, 8), (80, 40), (128, 32), (256, 128), (600, 300), (17, 1)])
+def test_sinks_stand_before_the_window(head_dim, half, dtype, device):
+    """`rerotate` from where they began, to the bit, and what float64 gives to a rounding."""
+    store = Store(2, 3, 20, 2, head_dim, dtype=dtype, device=device, held=[19, 20], sink=4)
+    store.positions = torch.arange(20, dtype=torch.int32, device=device).repeat(2, 3, 1)
+    keys = store.buffers[0].normal_()
+    sinks = torch.randn(2, 3, 4, head_dim, device=device).to(dtype)
+    inv_freq = (10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)).float().to(device)
+    store.seen += torch.tensor([[3], [70_000]], dtype=torch.int32, device=device)
+    before = keys.clone()
+    slots = kvcompress.evict_append_(*store.arguments(), sinks=sinks, inv_freq=inv_freq, sink=4)
+    shift = (store.seen - store.lengths)[..., None]
+    assert torch.equal(keys[:, :, :4, : 2 * half], rerotate(sinks, shift, inv_freq)[..., : 2 * half])
+    exact = rope(sinks[1, 0, :, : 2 * half].double(), shift[1, 0].expand(4), inv_freq)
+    assert torch.allclose(keys[1, 0, :4, : 2 * half].double(), exact, atol=8 * torch.finfo(dtype).eps)
+    # nothing else has changed but the slots of the new tokens
+    keys[:, :, :4, : 2 * half] = before[:, :, :4, : 2 * half]
+    for b in range(2):
+        for h in range(3):
+            for t, slot in enumerate(slots[b, h].tolist()):
+                assert torch.equal(keys[b, h, slot], store.rows[0][b, h, t])
+                keys[b, h, slot] = before[b, h, slot]
+    assert torch.equal(keys, before)
+
+
+def test_sinks_that_have_not_moved(device):
+    """Nothing has left: their bytes, also at heads that share a victim."""
+    store = Store(1, 4, 20, 1, 16, units=1, dtype=torch.float16, device=device, held=[10], sink=4)
+    store.seen = store.lengths.clone()
+    sinks = torch.randn(1, 4, 3, 16, device=device).half()
+    inv_freq = torch.rand(8, device=device)
+    kvcompress.evict_append_(*store.arguments(), sinks=sinks, inv_freq=inv_freq, sink=4)
+    assert torch.equal(store.buffers[0][:, :, :3], sinks)
+
+
+def test_sinks_and_history_together(device):
+    store = Store(2, 2, 40, 1, 16, dtype=torch.float32, device=device, history=torch.randn(2, 2, 40, 5, device=device))
+    other = [t.clone() for t in store.buffers]
+    inv_freq, sinks = torch.rand(8, device=device), torch.randn(2, 2, 4, 16, device=device)
+    options = {"sink": 4, "fuse": "max"}
+    state = [t.clone() for t in (store.positions, store.lengths, store.seen)]
+    history = store.options["history"].clone()
+    plain = kvcompress.evict_append_(other, store.rows, *state, history=history, **options)
+    options |= {"sinks": sinks, "inv_freq": inv_freq, "history": store.options["history"]}
+    assert torch.equal(kvcompress.evict_append_(*store.arguments(), **options), plain)
+    assert torch.equal(store.buffers[1], other[1])
+    assert torch.equal(store.buffers[0][:, :, 4:], other[0][:, :, 4:])
+    shift = (store.seen - store.lengths)[..., None]
+    assert torch.equal(store.buffers[0][:, :, :4], rerotate(sinks, shift, inv_freq))
 
 
 def test_ring(device):
@@ -297,6 +393,8 @@ def test_fuzz(data):
         options["scores"] = scores
     if data.draw(st.booleans()):
         options["history"] = torch.randn(batch, units * each, capacity, data.draw(st.integers(1, 4)))
+        if "scores" not in options:
+            options["fuse"] = data.draw(st.sampled_from([None, "sum", "max"]))
     if data.draw(st.booleans()):
         options["limits"] = torch.randint(0, capacity + 1, (batch, units), dtype=torch.int32)
     Store(batch, units * each, capacity, n, data.draw(st.integers(1, 9)), units=units, held=held, **options).check()
@@ -307,9 +405,12 @@ def samples(device):
     ring = Store(2, 4, 12, 1, 16, units=1, held=[3, 12], device=device)
     scores, history = some_scores(2, 8, 12, device=device), torch.randn(2, 4, 12, 3, device=device)
     limits = torch.full((2, 4), 12, dtype=torch.int32, device=device)
+    by_history = Store(2, 4, 12, 1, 16, device=device)
+    sinks, inv_freq = ring.buffers[0][:, :, :4].clone(), torch.rand(8, device=device)
     return [
-        (*store.arguments(), scores, history, limits, 2, 3, 0.0),
-        (*ring.arguments(), None, None, None, 4, 0, 0.0),
+        (*store.arguments(), scores, history, limits, None, None, 2, 3, 0.0, 0),
+        (*ring.arguments(), None, None, None, sinks, inv_freq, 4, 0, 0.0, 0),
+        (*by_history.arguments(), None, history.clone(), None, None, None, 0, 3, 0.0, 1),
     ]
 
 
@@ -326,9 +427,12 @@ def wrong(**changes):
             "scores": torch.ones(2, 4, 6, device=device),
             "history": torch.ones(2, 4, 6, 3, device=device),
             "limits": torch.ones(2, 2, dtype=torch.int32, device=device),
+            "sinks": torch.ones(2, 4, 3, 4, device=device),
+            "inv_freq": torch.ones(2, device=device),
             "sink": 1,
             "window": 2,
             "fresh": 0.0,
+            "fuse": 0,
         }
         good.update({name: change(device) if callable(change) else change for name, change in changes.items()})
         return tuple(good.values())
@@ -420,6 +524,38 @@ BAD = [
         f"{NAME}: history must be [batch, heads, capacity, width], got 3D [2, 4, 6]",
     ),
     Bad("history", wrong(history=full(2, 4, 5, 3)), f"{NAME}: history must be {FIT}, got [2, 4, 5, 3]"),
+    Bad("sinks_alone", wrong(inv_freq=None), f"{NAME}: inv_freq must be there with sinks alone, got none"),
+    Bad("inv_freq_alone", wrong(sinks=None), f"{NAME}: inv_freq must be there with sinks alone, got no sinks"),
+    Bad(
+        "sinks_rank",
+        wrong(sinks=full(2, 3, 4)),
+        f"{NAME}: sinks must be [batch, heads, num_sinks, head_dim], got 3D [2, 3, 4]",
+    ),
+    Bad(
+        "sinks_dtype",
+        wrong(sinks=full(2, 4, 3, 4, dtype=torch.float16)),
+        f"{NAME}: sinks must be of the dtype of buffers[0] (float32), got float16",
+    ),
+    Bad(
+        "sinks",
+        wrong(sinks=full(2, 2, 3, 4)),
+        f"{NAME}: sinks must be of the shape of buffers[0] [2, 4, 6, 4] but for fewer entries, got [2, 2, 3, 4]",
+    ),
+    Bad("inv_freq_rank", wrong(inv_freq=full(1, 2)), f"{NAME}: inv_freq must be [rotary_dim / 2], got 2D [1, 2]"),
+    Bad("inv_freq", wrong(inv_freq=full(3)), f"{NAME}: inv_freq must be [at most 2], got [3]"),
+    Bad(
+        "inv_freq_dtype",
+        wrong(inv_freq=full(2, dtype=torch.float64)),
+        f"{NAME}: inv_freq must be float32, got float64",
+    ),
+    Bad("fuse", wrong(fuse=3), f"{NAME}: fuse must be 0 (none), 1 (sum) or 2 (max), got 3"),
+    Bad("fuse_without", wrong(fuse=1, history=None), f"{NAME}: history must be there with fuse, got none"),
+    Bad("fuse_and_scores", wrong(fuse=2), f"{NAME}: scores must be absent with fuse, got scores"),
+    Bad(
+        "fuse_width",
+        wrong(fuse=2, scores=None, history=full(2, 4, 6, 1025)),
+        f"{NAME}: history must be of a width from 1 to 1024 with fuse, got 1025",
+    ),
     Bad("sink", wrong(sink=-1), f"{NAME}: sink must be at least 0, got -1"),
     Bad("window_negative", wrong(window=-1), f"{NAME}: window must be at least 0, got -1"),
     Bad("window", wrong(window=5), f"{NAME}: window must be below the capacity less the sink (5), got 5"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -230,8 +230,8 @@ class PerturbationSums:
         if self.score.p != 2 or not self.score.value_norm:
             raise ValueError("obcache: p must be 2 with the norm of v in a fixed store, got another value score")
 
-    def rank_fixed(self, store: FixedStore) -> tuple[Tensor | None, Tensor | None]:
-        return store.beside["change"], None
+    def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
+        return {"scores": store.beside["change"]}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
         out, lse, logits = decode_attention(
@@ -248,7 +248,7 @@ class PerturbationSums:
             store.values,
             logits,
             lse,
-            lengths=store.lengths[:, 0].contiguous(),
+            lengths=store.lengths[:, 0],
             terms=terms[self.score.kind],
             decay=0.0 if self.latest_only else 1.0,
         )

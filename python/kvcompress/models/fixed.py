@@ -23,37 +23,49 @@ if TYPE_CHECKING:
 __all__ = ["FixedCache", "FixedLayer"]
 
 
+def same_address(held: Tensor | None, new: Tensor) -> Tensor:
+    """The values of `new` where compiled and captured steps look for them: in `held`, if that is such a tensor."""
+    if held is None or (held.shape, held.dtype, held.device) != (new.shape, new.dtype, new.device):
+        held = torch.empty_like(new)
+        torch._dynamo.mark_static_address(held)
+    return held.copy_(new)
+
+
 class FixedLayer(CacheLayerMixin):
     """One layer while decoding: the store, and the tokens that wait for their attention.
 
     Attributes:
         store: the entries.
         pending: keys and values of the forward whose attention comes next.
-        cumulative_length: tokens seen, padding included, a 0-dim int64 tensor on the device.
+        cumulative_length: tokens seen, padding included, a 0-dim int64 tensor on the device, the same for all layers.
+        is_last: of the model's layers, the one that counts a forward's tokens.
     """
 
     is_sliding = False
     is_compileable = True
     supports_early_init = False
 
-    def __init__(self, turnover: Turnover) -> None:
+    def __init__(self, turnover: Turnover, *, is_last: bool) -> None:
         super().__init__()
+        self.is_last = is_last
         self.store = FixedStore(turnover)
         self.pending: tuple[Tensor, Tensor] | None = None
         self.cumulative_length: Tensor | None = None  # type: ignore[assignment]  # the base class types it as an int
         self.inv_freq: Tensor | None = None
 
     def load(
-        self, store: DenseStore, columns: int, inv_freq: Tensor | None, *, room: int, capacity: int | None
+        self,
+        store: DenseStore,
+        cumulative_length: Tensor,
+        inv_freq: Tensor | None,
+        *,
+        room: int,
+        capacity: int | None,
     ) -> None:
-        """Takes over a compressed prompt of `columns` tokens, see `FixedStore.load`."""
+        """Takes over a compressed prompt, see `FixedStore.load`."""
         self.store.load(store, room=room, capacity=capacity)
-        device = store.keys.device
-        if self.cumulative_length is None or self.cumulative_length.device != device:
-            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=device)
-            torch._dynamo.mark_static_address(self.cumulative_length)
-        self.cumulative_length.fill_(columns)
-        self.inv_freq = inv_freq
+        self.cumulative_length = cumulative_length
+        self.inv_freq = None if inv_freq is None else same_address(self.inv_freq, inv_freq.to(store.keys.device).float())
         self.pending = None
         self.is_initialized = True
 
@@ -70,7 +82,8 @@ class FixedLayer(CacheLayerMixin):
         assert self.pending is not None and self.cumulative_length is not None
         (keys, values), self.pending = self.pending, None
         out = self.store.step(query, keys, values, softmax_scale=scale, inv_freq=self.inv_freq)
-        self.cumulative_length.add_(query.shape[2])
+        if self.is_last:
+            self.cumulative_length.add_(query.shape[2])
         return out
 
     def get_seq_length(self) -> Tensor:  # type: ignore[override]
@@ -95,7 +108,7 @@ class FixedCache(CompressedCache):
 
     The prompt is read and cut as there. Then every layer moves into a `FixedStore`: a token takes a free slot, or, where the
     method evicts while decoding, that of the entry that matters least; counters live on the device, and each step is the
-    same launches of the same shapes. So the decode step of an unmodified model compiles with ``fullgraph=True`` and can be
+    same launches of the same shapes, three a layer (OBCache: four; see `FixedStore`) and one a step. So the decode step of an unmodified model compiles with ``fullgraph=True`` and can be
     captured in a CUDA graph, once for all prompts: the buffers keep their addresses over `reset()`, as long as batch and
     capacity stay the same.
 
@@ -150,7 +163,9 @@ class FixedCache(CompressedCache):
         if self.lookahead is not None:
             raise NotImplementedError(f"FixedCache: {method} drafts before it cuts, which needs CompressedCache")
         self._prompt_layers = list(self._compressed)
-        self._decode_layers = [FixedLayer(turnover) for _ in self._compressed]
+        last = len(self._compressed) - 1
+        self._decode_layers = [FixedLayer(turnover, is_last=i == last) for i in range(last + 1)]
+        self._columns: Tensor | None = None
         self._attachment: weakref.ref[Attachment] | None = None
 
     @property
@@ -214,11 +229,14 @@ class FixedCache(CompressedCache):
         attachment = None if self._attachment is None else self._attachment()
         if self._fixed is not None or waits or not cut or attachment is None:
             return
+        first = self._prompt_layers[0]
+        assert first.store is not None
+        self._columns = same_address(self._columns, torch.tensor(first.columns, device=first.store.keys.device))
         fits = []
         for prompt, layer in zip(self._prompt_layers, self._decode_layers):
             assert isinstance(prompt.store, DenseStore)
             fits.append(max(self.room, (self.capacity or 0) - prompt.store.max_length))
-            layer.load(prompt.store, prompt.columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
+            layer.load(prompt.store, self._columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
             prompt.prompt_over = True
             prompt.store = None  # its buffers are free from here on
             attachment.bind(prompt.layer_idx, layer)
@@ -259,8 +277,8 @@ class FixedCache(CompressedCache):
             return
         for layer in self._fixed:
             layer.store.crop(-int(tokens_to_remove))
-            assert layer.cumulative_length is not None
-            layer.cumulative_length.add_(int(tokens_to_remove))
+        assert self._columns is not None
+        self._columns.add_(int(tokens_to_remove))
         self._behind += int(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
