@@ -174,11 +174,11 @@ def eager(args):
         "FixedCache, streaming_llm": create("streaming_llm", budget=budget),
     }
     caches = {name: partial(FixedCache, method=method, room=args.steps + 16) for name, method in fixed.items()}
-    for every in (1, 512):
+    for every in args.every:
         method = create("knorm", budget=budget, decode=True, every=every, skip_layers=())
         caches[f"CompressedCache, knorm, every {every}"] = partial(CompressedCache, method=method)
     for name, make in caches.items():
-        steps = max(args.steps, 512) if name.endswith("512") else args.steps
+        steps = max(args.steps, int(name.rpartition("every ")[2])) if "every" in name else args.steps
         with attach(model):
             step = Step(model, make(model.config), budget + 64, count=False)
             taken = []
@@ -273,6 +273,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--parts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=128, help="tokens that are launched and timed")
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 512], help="tokens between two evictions by knorm")
     parser.add_argument("--small", action="store_true", help="a model of a few MB, to try the program")
     parser.add_argument("--add", type=Path, help="what bench/peer_decode.py wrote in its own environment")
     parser.add_argument("--device", default="cuda")

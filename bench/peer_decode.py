@@ -1,7 +1,7 @@
 """A peer's eviction while decoding, in a process of its own: kvpress wants an older transformers than ours.
 
-DecodingPress over the norms of the keys, at a target of --budget entries, evicting with every token and, as by default, every
-512; the model of `bench.decode`, launched step by step, SDPA without cuDNN (which plans anew for every length). Beside it the
+DecodingPress over the norms of the keys, at a target of --budget entries, evicting with every token and, as by its default,
+every 512; the model of `bench.decode`, launched step by step, SDPA without cuDNN (which plans anew for every length). Beside it the
 same model and environment with a DynamicCache that keeps the same number of entries and evicts nothing.
 
     PYTHONPATH=FOLDER-WITH-KVPRESS python bench/peer_decode.py --out peer.json
@@ -24,8 +24,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from bench.peers import kvpress_decoding
 from bench.shapes import LLAMA_8B, SMALL
-
-EVERY = (1, 512)
 
 
 def build(args: argparse.Namespace) -> LlamaForCausalLM:
@@ -75,6 +73,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 512], help="tokens between two evictions")
     parser.add_argument("--small", action="store_true", help="a model of a few MB, to try the program")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
@@ -87,7 +86,7 @@ def main() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
         model = build(args)
         rows = [{"cache": "DynamicCache, nothing evicted", **timed(model, None, args, args.steps)}]
-        for every in EVERY:
+        for every in args.every:
             found = timed(model, presses(args.budget, every), args, max(args.steps, every))
             rows.append({"cache": f"{name}, knorm, every {every}", **found})
         about = {"kvpress": version("kvpress"), "transformers": transformers.__version__}

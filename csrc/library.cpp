@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("gather_ragged(Tensor[] tensors, Tensor index, Tensor indptr, Tensor row_start, SymInt total) -> Tensor[]");
   library.def("append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor slots) -> ()");
   library.def("evict_append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor(b!) positions, Tensor(c!) lengths, Tensor(d!) seen, Tensor(e!)? scores, Tensor(f!)? history, Tensor? limits, Tensor? sinks, Tensor? inv_freq, SymInt sink, SymInt window, float fresh, int fuse) -> Tensor");
+  library.def("ragged_evict_append_(Tensor(a!)[] buffers, Tensor[] rows, Tensor(b!) positions, Tensor row_start, Tensor(c!) lengths, Tensor(d!) seen, Tensor limits, Tensor(e!)? scores, Tensor(f!)? history, SymInt max_length, SymInt sink, SymInt window, float fresh, int fuse) -> Tensor");
   // attend
   library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");
   library.def("ragged_decode_attention(Tensor q, Tensor k, Tensor v, Tensor row_start, Tensor lengths, SymInt max_length, float softmax_scale, bool return_logits) -> (Tensor, Tensor, Tensor)");

@@ -7,6 +7,7 @@
 #include "common/debug.h"
 #include "common/on_device.h"
 #include "common/unit_counts.h"
+#include "store/evict_append_check.h"
 #include "store/row_list.h"
 
 namespace kvc {
@@ -63,17 +64,6 @@ void check_pair(const Tensor& buffer, const Tensor& rows, const Tensor& position
           "of the shape of buffers " + shape_string(buffer) + " with n (" + text(n) +
               ") for the capacity",
           shape_string(rows) + at(i));
-}
-
-// Where the ranks come from: 0, or a HistoryFuse + 1.
-void check_fuse(int64_t fuse, bool has_scores, const std::optional<Tensor>& history) {
-  require(fuse >= 0 && fuse <= 2, kOp, "fuse", "0 (none), 1 (sum) or 2 (max)", text(fuse));
-  if (fuse == 0) return;
-  require(history.has_value(), kOp, "history", "there with fuse", "none");
-  require(!has_scores, kOp, "scores", "absent with fuse", "scores");
-  const int64_t width = history->size(3);
-  require(width >= 1 && width <= kHistoryMaxWidth, kOp, "history",
-          "of a width from 1 to 1024 with fuse", text(width));
 }
 
 void set_sinks(EvictAppendParams& params, const std::optional<Tensor>& sinks,
@@ -146,13 +136,7 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
     params.limits = unit_counts<const int32_t>(kOp, "limits", *limits, positions, false);
   }
   set_sinks(params, sinks, inv_freq, buffers[0]);
-  require(n >= 1 && n <= std::min(kEvictMaxNew, capacity), kOp, "n",
-          "from 1 to 8 and at most the capacity (" + text(capacity) + ")", text(n));
-  require(sink >= 0, kOp, "sink", "at least 0", text(sink));
-  require(window >= 0, kOp, "window", "at least 0", text(window));
-  require(sink + window < capacity, kOp, "window",
-          "below the capacity less the sink (" + text(capacity - sink) + ")", text(window));
-  check_fuse(fuse, scores.has_value(), history);
+  check_eviction(kOp, params, "capacity", fuse, scores.has_value(), history);
   for (size_t i = 0; i < buffers.size(); ++i) {
     if (rows[i].numel() == 0) continue;
     const int32_t to = params.num_tensors++;
@@ -168,12 +152,7 @@ Tensor evict_append(const std::vector<Tensor>& buffers, const std::vector<Tensor
   }
   Tensor slots = torch::stable::new_empty(positions, {batch, units, n});
   params.slots = slots.mutable_data_ptr<int32_t>();
-  Tensor ranks;
-  if (fuse != 0) {
-    params.fuse = static_cast<HistoryFuse>(fuse - 1);
-    ranks = torch::stable::new_empty(*history, {batch, units, capacity});
-    params.ranks = ranks.mutable_data_ptr<float>();
-  }
+  const Tensor ranks = rank_scratch(params, fuse, positions);
   if (batch * units > 0) KVC_LAUNCH(evict_append, positions, params);
   return slots;
 }

@@ -10,7 +10,7 @@ from kvcompress._debug import set_debug  # noqa: E402
 from kvcompress.budget import cosine_importance  # noqa: E402
 from kvcompress.columns import column_sums  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
-from kvcompress.evict import evict_append_, history_scores  # noqa: E402
+from kvcompress.evict import evict_append_, history_scores, ragged_evict_append_  # noqa: E402
 from kvcompress.observed import observed_decode_attention_, observed_ragged_decode_attention_  # noqa: E402
 from kvcompress.score import window_scores  # noqa: E402
 from kvcompress.select import head_counts, topk, topk_ragged  # noqa: E402
@@ -34,6 +34,7 @@ __all__ = [
     "observed_ragged_decode_attention_",
     "output_terms_",
     "ragged_decode_attention",
+    "ragged_evict_append_",
     "set_debug",
     "topk",
     "topk_ragged",

@@ -11,7 +11,7 @@ from torch import Tensor, library
 from kvcompress import _check
 from kvcompress.store import _check_row_list
 
-__all__ = ["evict_append_", "history_scores"]
+__all__ = ["evict_append_", "history_scores", "ragged_evict_append_"]
 
 _MAX_NEW = 8
 _MAX_WIDTH = 1024
@@ -100,6 +100,67 @@ def evict_append_(
     code = 0 if fuse is None else 1 + _fuse_code("evict_append_", fuse)
     state = (positions, lengths, seen, scores, history, limits, sinks, inv_freq)
     return _check.call(op, buffers, rows, *state, sink, window, fresh, code)
+
+
+def ragged_evict_append_(
+    buffers: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    positions: Tensor,
+    row_start: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    limits: Tensor,
+    *,
+    max_length: int,
+    scores: Tensor | None = None,
+    history: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    fresh: float = 0.0,
+    fuse: Literal["sum", "max"] | None = None,
+) -> Tensor:
+    """`evict_append_` over packed heads, each of which has a room of its own and drops entries of its own.
+
+    Head h of row b owns the slots ``[row_start[s], row_start[s] + limits[s])`` of everything that lies in the store, ``s = b *
+    heads + h``; its entries are the first ``lengths[s]`` of them. A head below its limit takes the next slot, a full one that of
+    its lowest entry, by the same rules. One launch, a block a head, or with `fuse` a few; nothing is waited for.
+
+    Args:
+        buffers: one to eight of ``[slots, head_dim]`` or ``[slots]``, changed in place; dtypes and strides as in `evict_append_`.
+        rows: for each buffer the new entries, ``[batch, heads, n, head_dim]`` or ``[batch, heads, n]``, n from 1 to 8.
+        positions: ``[slots]`` int32, which token each slot holds; changed in place.
+        row_start: ``[batch * heads]`` int64, the first slot of each head; heads must not overlap nor leave the buffers.
+        lengths, seen: ``[batch * heads]`` int32, entries stored and tokens seen; changed in place.
+        limits: ``[batch * heads]`` int32, room of each head; a head of no room keeps nothing.
+        max_length: what no limit exceeds, known on the host.
+        scores: ``[slots]`` float32, higher = keep; changed in place.
+        history: ``[slots, width]`` float32; changed in place.
+        sink, window, fresh, fuse: as in `evict_append_`; ``sink + window < max_length``. A head whose limit is no more than that
+            drops the lowest of its protected entries.
+
+    Returns:
+        slots ``[batch, heads, n]`` int32, counted from each head's own first one; -1 where a token was not stored.
+
+    Raises:
+        ValueError, TypeError: ``ragged_evict_append_: argument must be ..., got ...``. Values of `lengths` and `limits` are
+            checked under `set_debug` only; those of `row_start` are the caller's contract.
+
+    Scratch: with fuse ``4 * batch * heads * max_length`` bytes.
+
+    Example:
+        >>> keys, new = torch.zeros(4, 1), torch.ones(1, 2, 1, 1)  # two heads of three slots and one
+        >>> start, limits = torch.tensor([0, 3]), torch.tensor([3, 1], dtype=torch.int32)
+        >>> positions, lengths, seen = (torch.zeros(n, dtype=torch.int32) for n in (4, 2, 2))
+        >>> state = (positions, start, lengths, seen, limits)
+        >>> [kvcompress.ragged_evict_append_([keys], [new * t], *state, max_length=3).tolist() for t in range(4)]
+        [[[[0], [0]]], [[[1], [0]]], [[[2], [0]]], [[[0], [0]]]]
+        >>> keys.flatten().tolist()
+        [3.0, 1.0, 2.0, 3.0]
+    """
+    op = torch.ops.kvcompress.ragged_evict_append_.default
+    code = 0 if fuse is None else 1 + _fuse_code("ragged_evict_append_", fuse)
+    state = (positions, row_start, lengths, seen, limits, scores, history)
+    return _check.call(op, buffers, rows, *state, max_length, sink, window, fresh, code)
 
 
 def history_scores(
@@ -215,13 +276,29 @@ def _check_sinks(op: str, sinks: Tensor | None, inv_freq: Tensor | None, keys: T
     _check.require(inv_freq.shape[0] <= most, op, "inv_freq", f"[at most {most}]", got)
 
 
-def _check_fuse(op: str, fuse: int, scores: Tensor | None, history: Tensor | None) -> None:
+def _check_eviction(
+    op: str,
+    n: int,
+    sink: int,
+    window: int,
+    name: str,
+    capacity: int,
+    fuse: int,
+    scores: Tensor | None,
+    history: Tensor | None,
+) -> None:
+    must = f"from 1 to 8 and at most the {name} ({capacity})"
+    _check.require(1 <= n <= min(_MAX_NEW, capacity), op, "n", must, n)
+    _check.require(sink >= 0, op, "sink", "at least 0", sink)
+    _check.require(window >= 0, op, "window", "at least 0", window)
+    must = f"below the {name} less the sink ({capacity - sink})"
+    _check.require(sink + window < capacity, op, "window", must, window)
     _check.require(fuse in (0, 1, 2), op, "fuse", "0 (none), 1 (sum) or 2 (max)", fuse)
     if fuse == 0:
         return
     _check.require(history is not None, op, "history", "there with fuse", "none")
     _check.require(scores is None, op, "scores", "absent with fuse", "scores")
-    width = history.shape[3] if history is not None else 0
+    width = history.shape[-1] if history is not None else 0
     _check.require(1 <= width <= _MAX_WIDTH, op, "history", "of a width from 1 to 1024 with fuse", width)
 
 
@@ -266,14 +343,72 @@ def _(
     if limits is not None:
         _unit_counts(op, "limits", limits, positions, is_written=False)
     _check_sinks(op, sinks, inv_freq, buffers[0])
-    must = f"from 1 to 8 and at most the capacity ({capacity})"
-    _check.require(1 <= n <= min(_MAX_NEW, capacity), op, "n", must, n)
-    _check.require(sink >= 0, op, "sink", "at least 0", sink)
-    _check.require(window >= 0, op, "window", "at least 0", window)
-    must = f"below the capacity less the sink ({capacity - sink})"
-    _check.require(sink + window < capacity, op, "window", must, window)
-    _check_fuse(op, fuse, scores, history)
+    _check_eviction(op, n, sink, window, "capacity", capacity, fuse, scores, history)
     return positions.new_empty((batch, units, n))
+
+
+def _counter(op: str, argument: str, t: Tensor, dtype: torch.dtype, heads: int, positions: Tensor) -> None:
+    ok = t.dim() == 1 and t.shape[0] == heads
+    _check.require(ok, op, argument, f"[batch * heads] ({heads})", f"{t.dim()}D {_check.shape_string(t)}")
+    _check.dtype(op, argument, t, dtype)
+    _check.same_device(op, argument, t, positions, "positions")
+    _check.last_contiguous(op, argument, t)
+
+
+def _slot_floats(op: str, argument: str, t: Tensor | None, positions: Tensor, rank: int, layout: str) -> None:
+    if t is None:
+        return
+    _check.rank(op, argument, t, rank, layout)
+    _check.dtype(op, argument, t, torch.float32)
+    _check.same_device(op, argument, t, positions, "positions")
+    slots = positions.shape[0]
+    _check.require(t.shape[0] == slots, op, argument, f"of the slots of positions ({slots})", _check.shape_string(t))
+    _check.last_contiguous(op, argument, t)
+    _check.require(not _overlaps(t, rank - 1), op, argument, "free of overlaps", "a stride of 0")
+
+
+@library.register_fake("kvcompress::ragged_evict_append_")
+def _(
+    buffers: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    positions: Tensor,
+    row_start: Tensor,
+    lengths: Tensor,
+    seen: Tensor,
+    limits: Tensor,
+    scores: Tensor | None,
+    history: Tensor | None,
+    max_length: int,
+    sink: int,
+    window: int,
+    fresh: float,
+    fuse: int,
+) -> Tensor:
+    op = "ragged_evict_append_"
+    _check.rank(op, "positions", positions, 1, "[slots]")
+    _check.dtype(op, "positions", positions, torch.int32)
+    _check.last_contiguous(op, "positions", positions)
+    slots = positions.shape[0]
+    _check_row_list(op, "buffers", buffers, "slots", positions, "positions", is_written=True, dims=1)
+    _check_row_list(op, "rows", rows, "batch, heads, n", positions, "positions", is_written=False)
+    _check.require(len(rows) == len(buffers), op, "rows", f"as many tensors as buffers ({len(buffers)})", len(rows))
+    batch, heads, n = rows[0].shape[:3]
+    for i, (buffer, new) in enumerate(zip(buffers, rows)):
+        _check.same_dtype(op, "rows", new, buffer, "buffers")
+        got = f"{_check.shape_string(buffer)} at [{i}]"
+        _check.require(buffer.shape[0] == slots, op, "buffers", f"of the slots of positions ({slots})", got)
+        must = f"[{batch}, {heads}, {n}] and the row of buffers {_check.shape_string(buffer)}"
+        same = new.shape == (batch, heads, n, *buffer.shape[1:])
+        _check.require(same, op, "rows", must, f"{_check.shape_string(new)} at [{i}]")
+    _counter(op, "row_start", row_start, torch.int64, batch * heads, positions)
+    for name, t in (("lengths", lengths), ("seen", seen), ("limits", limits)):
+        _counter(op, name, t, torch.int32, batch * heads, positions)
+    _slot_floats(op, "scores", scores, positions, 1, "[slots]")
+    _slot_floats(op, "history", history, positions, 2, "[slots, width]")
+    must = f"from 0 to the slots of positions ({slots})"
+    _check.require(0 <= max_length <= slots, op, "max_length", must, max_length)
+    _check_eviction(op, n, sink, window, "max_length", max_length, fuse, scores, history)
+    return positions.new_empty((batch, heads, n))
 
 
 @library.register_fake("kvcompress::history_scores")
