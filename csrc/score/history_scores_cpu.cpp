@@ -1,9 +1,11 @@
-// The CPU twin: candidates of a head are gathered column by column, so that each softmax runs over
-// neighbours in memory.
+// The CPU twin: kColumns columns of a head at a time, entry by entry, as they lie in memory. Their
+// maxima, then all exponentials into a buffer of 4 * kColumns bytes an entry, the sums of that, and
+// what each entry gets of them. Bound: one exponential a number of the history.
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "host/buffer.h"
 #include "host/exp2.h"
 #include "host/parallel.h"
 #include "host/simd.h"
@@ -13,49 +15,99 @@ namespace kvc {
 namespace {
 
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr int64_t kGroup = 32;  // columns added up before they join the total: fewer roundings
+constexpr int64_t kColumns = 32, kGroup = 128;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-KVC_CLONES void add_share(const float* x, float share, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] += x[i] * share;
+// Entries of a head that take part: where their first column lies.
+struct Candidates {
+  const float* history;
+  int64_t row_stride;
+  const int64_t* slots;
+  int64_t count;
+};
+
+// NaN is passed over.
+KVC_CLONES void max_of_columns(const Candidates& c, int64_t columns, float* most) {
+  for (int64_t i = 0; i < c.count; ++i) {
+    const float* x = c.history + c.slots[i] * c.row_stride;
+    for (int64_t w = 0; w < columns; ++w) most[w] = x[w] > most[w] ? x[w] : most[w];
+  }
 }
-// NaN wins.
-KVC_CLONES void max_share(const float* x, float share, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = x[i] * share;
-    to[i] = value <= to[i] || to[i] != to[i] ? to[i] : value;
+
+KVC_CLONES void take_away(const Candidates& c, int64_t columns, const float* most, float* to) {
+  for (int64_t i = 0; i < c.count; ++i) {
+    const float* x = c.history + c.slots[i] * c.row_stride;
+    for (int64_t w = 0; w < columns; ++w) to[i * kColumns + w] = x[w] - most[w];
+    for (int64_t w = columns; w < kColumns; ++w) to[i * kColumns + w] = -kInf;
+  }
+}
+
+// kGroup entries are added up before they join the total: fewer roundings.
+KVC_CLONES void sum_of_columns(const float* x, int64_t count, float* sum) {
+  for (int64_t first = 0; first < count; first += kGroup) {
+    float group[kColumns] = {};
+    for (int64_t i = first; i < std::min(first + kGroup, count); ++i) {
+      for (int64_t w = 0; w < kColumns; ++w) group[w] += x[i * kColumns + w];
+    }
+    for (int64_t w = 0; w < kColumns; ++w) sum[w] += group[w];
+  }
+}
+
+KVC_CLONES void add_shares(const float* x, const float* factor, int64_t count, float* total) {
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t w = 0; w < kColumns; ++w) sum += x[i * kColumns + w] * factor[w];
+    total[i] += sum;
+  }
+}
+
+// There is no NaN.
+KVC_CLONES void max_shares(const float* x, const float* factor, int64_t count, float* total) {
+  for (int64_t i = 0; i < count; ++i) {
+    float most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t w = 0; w < kColumns; ++w) {
+      const float share = x[i * kColumns + w] * factor[w];
+      most = share > most ? share : most;
+    }
+    total[i] = std::max(total[i], most);
   }
 }
 
 }  // namespace
 
 void history_ranks_cpu(const HistoryHead& head, int64_t length, float* scores, bool adds) {
-  std::vector<int64_t> candidates;
-  for (int64_t slot = 0; slot < length; ++slot) {
-    if (head.positions[slot] < head.position_end) candidates.push_back(slot);
-  }
-  const int64_t count = static_cast<int64_t>(candidates.size()), padded = (count + 15) / 16 * 16;
-  std::vector<float> buffer(3 * padded + 16);
-  float* column =
-      reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);
-  float *total = column + padded, *group = total + padded;
-  std::fill_n(total, 2 * padded, 0.0f);
-  const auto fuse = head.fuse == HistoryFuse::kSum ? add_share : max_share;
-  for (int64_t w = 0; w < head.width && count > 0; ++w) {
-    for (int64_t i = 0; i < count; ++i) {
-      column[i] = head.history[candidates[i] * head.row_stride + w];
-    }
-    std::fill(column + count, column + padded, -kInf);
-    const float most = max_of(column, padded);
-    const float sum = exp2_of_scaled(column, kLog2e, most == -kInf ? 0.0f : most * kLog2e, padded);
-    if (sum != 0) fuse(column, 1.0f / sum, group, count);  // 0: a query that is not there
-    if (w % kGroup == kGroup - 1 || w == head.width - 1) {
-      fuse(group, 1.0f, total, count);
-      std::fill_n(group, padded, 0.0f);
-    }
-  }
   if (!adds) std::fill_n(scores, length, 0.0f);
-  for (int64_t i = 0; i < count; ++i) scores[candidates[i]] += total[i];
+  std::vector<int64_t> slots;
+  for (int64_t slot = 0; slot < length; ++slot) {
+    if (head.positions[slot] < head.position_end) slots.push_back(slot);
+  }
+  const int64_t count = static_cast<int64_t>(slots.size());
+  if (count == 0) return;
+  const Buffer<float> shares(count * kColumns);
+  std::vector<float> total(count);
+  bool is_nan = false;
+  for (int64_t first = 0; first < head.width; first += kColumns) {
+    const int64_t columns = std::min<int64_t>(kColumns, head.width - first);
+    const Candidates own{head.history + first, head.row_stride, slots.data(), count};
+    float most[kColumns], sum[kColumns] = {};
+    std::fill_n(most, kColumns, -kInf);
+    max_of_columns(own, columns, most);
+    for (float& x : most) x = x == -kInf ? 0.0f : x;
+    take_away(own, columns, most, shares.data());
+    exp2_of_scaled(shares.data(), kLog2e, 0.0f, count * kColumns);
+    sum_of_columns(shares.data(), count, sum);
+    for (float& x : sum) {
+      is_nan |= x != x;
+      x = x == 0 ? 0.0f : 1.0f / x;  // 0: a query that is not there
+    }
+    const auto fuse = head.fuse == HistoryFuse::kSum ? add_shares : max_shares;
+    fuse(shares.data(), sum, count, total.data());
+  }
+  // a column with a NaN says NaN of every candidate
+  if (is_nan) std::fill(total.begin(), total.end(), std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i = 0; i < count; ++i) scores[slots[i]] += total[i];
 }
 
 void history_scores_cpu(const HistoryScoresParams& p) {
