@@ -114,6 +114,12 @@ def llama(_built, device):
     _built["llama"].to("cpu")
 
 
+@pytest.fixture
+def hybrid(_built, device):
+    yield _get(_built, "hybrid").to(device)
+    _built["hybrid"].to("cpu")
+
+
 @pytest.fixture(scope="session")
 def mini():
     """The small trained model and its tokenizer, float32."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -38,6 +40,27 @@ def test_the_same_tokens_as_the_growing_cache(llama, name):
     assert torch.allclose(logits, wanted, atol=2e-3)
     fixed.check_room()
     assert fixed.stats().logical_tokens == 90 + 39
+
+
+@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "morphkv", "streaming_llm", "squeeze"])
+def test_sliding_layers_are_rings(hybrid, name):
+    """A hybrid model: the tokens of the growing cache, from prompts below, around and above the window of 24, past it by far."""
+    method = METHODS[name]
+    rows = [prompt(hybrid, n, seed=n) for n in (90, 31, 24, 9)]
+    ids, mask = padded(rows)
+    fixed = FixedCache(hybrid.config, method, room=64)
+    tokens, logits = generate(hybrid, fixed, ids, 40, attention_mask=mask)
+    expected, wanted = generate(hybrid, cache_of(hybrid, method), ids, 40, attention_mask=mask)
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(logits, wanted, atol=2e-3)
+    before = [t.data_ptr() for layer in fixed.layers for t in layer.store.tensors]
+    rings = [layer.store for layer in fixed.layers if layer.is_sliding]
+    assert [ring.keys.shape[2] for ring in rings] == [24, 24]
+    assert all((ring.ordered_positions()[0, 0] == torch.arange(105, 129, device=ids.device)).all() for ring in rings)
+    fixed.reset()
+    again, _ = generate(hybrid, fixed, ids, 40, attention_mask=mask)
+    assert torch.equal(tokens, again)
+    assert before == [t.data_ptr() for layer in fixed.layers for t in layer.store.tensors]
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "morphkv"])
@@ -106,6 +129,27 @@ def test_generate_compiles_by_itself(llama, name):
     assert torch.equal(tokens, expected)
 
 
+def test_a_hybrid_step_compiles_once(hybrid):
+    """One graph for prompts below and above the window."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(hybrid.forward, fullgraph=True, backend=backend)
+    cache = FixedCache(hybrid.config, METHODS["h2o"])
+    with attach(hybrid):
+        for length in (90, 61, 40):
+            ids = prompt(hybrid, length, seed=length)
+            cache.reset()
+            compiled = greedy(hybrid, cache, step, ids, 12)
+            cache.reset()
+            assert torch.equal(compiled, greedy(hybrid, cache, hybrid, ids, 12))
+    assert len(graphs) <= 2
+
+
 def greedy(model, cache, step, ids, new):
     """Prompt eagerly, then `new` tokens through `step`."""
     with torch.no_grad():
@@ -139,15 +183,19 @@ def test_a_step_compiles_once_for_all_prompts(llama, name):
     assert len(graphs) <= 2
 
 
-def test_what_it_cannot_do_is_refused(model):
-    if model.config.model_type.startswith("gemma"):
-        with pytest.raises(NotImplementedError, match="all layers must attend in full"):
-            FixedCache(model.config, SNAPKV)
-        return
+def test_what_it_cannot_do_is_refused(llama, hybrid):
     with pytest.raises(ValueError, match="one entry a token"):
-        FixedCache(model.config, create("tova", budget=BUDGET, decode=True, every=2))
+        FixedCache(llama.config, create("tova", budget=BUDGET, decode=True, every=2))
     with pytest.raises(NotImplementedError, match="drafts before it cuts"):
-        FixedCache(model.config, create("laq", budget=64))
+        FixedCache(llama.config, create("laq", budget=64))
+    chunks = copy.deepcopy(hybrid.config)
+    chunks.layer_types = ["chunked_attention", *chunks.layer_types[1:]]
+    chunks.attention_chunk_size = 16
+    with pytest.raises(NotImplementedError, match="or over a sliding window, got chunked_attention"):
+        FixedCache(chunks, SNAPKV)
+    with attach(hybrid), pytest.raises(NotImplementedError, match="sliding-window layers overwrite"):
+        cache = FixedCache(hybrid.config, SNAPKV)
+        hybrid.generate(prompt(hybrid), past_key_values=cache, prompt_lookup_num_tokens=4, max_new_tokens=4)
 
 
 def test_tokens_without_room_are_refused(llama):
@@ -162,27 +210,36 @@ def test_tokens_without_room_are_refused(llama):
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv", "streaming_llm"])
 def test_a_captured_step_gives_the_same_to_the_bit(llama, name):
+    check_captured(llama, METHODS[name])
+
+
+@pytest.mark.parametrize("name", ["snapkv", "morphkv"])
+def test_a_captured_hybrid_step_gives_the_same_to_the_bit(hybrid, name):
+    check_captured(hybrid, METHODS[name])
+
+
+def check_captured(model, method):
     """One CUDA graph serves two prompts of different lengths, to the bit as launched one by one; two runs are equal as well."""
-    if llama.device.type != "cuda":
+    if model.device.type != "cuda":
         pytest.skip("CUDA graphs are captured on a GPU")
-    cache = FixedCache(llama.config, METHODS[name], room=32)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=llama.device)
+    cache = FixedCache(model.config, method, room=32)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     position = torch.zeros_like(token)
 
     def launch():
-        return llama(input_ids=token, position_ids=position, past_key_values=cache).logits
+        return model(input_ids=token, position_ids=position, past_key_values=cache).logits
 
     def run(ids, step):
         cache.reset()
-        logits = [llama(ids, past_key_values=cache).logits[:, -1]]
+        logits = [model(ids, past_key_values=cache).logits[:, -1]]
         for i in range(12):
             token.copy_(logits[-1].argmax(-1, keepdim=True))
             position.fill_(ids.shape[1] + i)
             logits.append(step()[:, -1].clone())
         return torch.stack(logits, 1)
 
-    with attach(llama), torch.no_grad():
-        prompts = [prompt(llama, 90), prompt(llama, 123, seed=2)]
+    with attach(model), torch.no_grad():
+        prompts = [prompt(model, 90), prompt(model, 123, seed=2)]
         eager_logits = [run(ids, launch) for ids in prompts]
         assert all(torch.equal(a, run(ids, launch)) for a, ids in zip(eager_logits, prompts))
         stream = torch.cuda.Stream()

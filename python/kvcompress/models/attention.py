@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +65,8 @@ def attention(
     """Attention over a compressed layer; over anything else (other caches, sliding layers) what "sdpa" does."""
     fixed = getattr(module, BOUND, None)
     if fixed is not None and fixed.pending is not None and fixed.pending[0] is key:
-        _refuse(module, dropout, kwargs)
+        slides = {"sliding_window"} if fixed.is_sliding else set()  # its store holds no more than the window
+        _refuse(module, dropout, kwargs, allowed=slides)
         return fixed.attend(query, scaling or query.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None
     found = _expected_layer(key)
     if found is None:
@@ -83,10 +84,10 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any], allowed: Set[str] = frozenset()) -> None:
     """What the stored entries cannot be attended with."""
     for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None:
+        if kwargs.get(name) is not None and name not in allowed:
             raise NotImplementedError(
                 f"kvcompress: {type(module).__name__} attends with {what}, which is not supported"
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from kvcompress.cache import DenseStore
 from kvcompress.fixed import FixedStore, Turnover
@@ -31,6 +31,17 @@ def same_address(held: Tensor | None, new: Tensor) -> Tensor:
     return held.copy_(new)
 
 
+def _ring(layer: DynamicSlidingWindowLayer, seen: list[int]) -> DenseStore:
+    """What a sliding-window layer holds of a left-padded prompt of `seen` tokens a row, with a budget of its window."""
+    keys, values = layer.keys, layer.values
+    assert keys is not None and values is not None
+    held = [min(n, keys.shape[2]) for n in seen]
+    store = DenseStore.from_prefill(keys, values, held, reserve=0)
+    store.positions += torch.tensor([n - k for n, k in zip(seen, held)], device=keys.device)[:, None, None]
+    store.seen, store.targets = list(seen), [layer.sliding_window] * len(seen)
+    return store
+
+
 class FixedLayer(CacheLayerMixin):
     """One layer while decoding: the store, and the tokens that wait for their attention.
 
@@ -39,15 +50,15 @@ class FixedLayer(CacheLayerMixin):
         pending: keys and values of the forward whose attention comes next.
         cumulative_length: tokens seen, padding included, a 0-dim int64 tensor on the device, the same for all layers.
         is_last: of the model's layers, the one that counts a forward's tokens.
+        is_sliding: a sliding-window layer of the model, whose store is a ring as long as the window.
     """
 
-    is_sliding = False
     is_compileable = True
     supports_early_init = False
 
-    def __init__(self, turnover: Turnover, *, is_last: bool) -> None:
+    def __init__(self, turnover: Turnover, *, is_last: bool, is_sliding: bool = False) -> None:
         super().__init__()
-        self.is_last = is_last
+        self.is_last, self.is_sliding = is_last, is_sliding
         self.store = FixedStore(turnover)
         self.pending: tuple[Tensor, Tensor] | None = None
         self.cumulative_length: Tensor | None = None  # type: ignore[assignment]  # the base class types it as an int
@@ -112,11 +123,14 @@ class FixedCache(CompressedCache):
     captured in a CUDA graph, once for all prompts: the buffers keep their addresses over `reset()`, as long as batch and
     capacity stay the same.
 
+    Sliding-window layers of a hybrid model decode over rings as long as their windows, likewise of fixed room; their attention needs
+    no mask then.
+
     Tokens behind the prompt must all be real (no padding), and are taken 8 at a time; where entries are overwritten, a
     token of a forward of several already displaces older ones before the next eight attend.
 
     Args:
-        config: the model's configuration; all its layers attend in full.
+        config: the model's configuration; its layers attend in full or over a sliding window.
         method: cuts once, or evicts one entry a token (`morphkv`; `h2o`, `tova`, `obcache` with ``decode=True``; `streaming_llm`,
             `sliding_window`). None keeps every entry.
         room: tokens that may come behind the prompt where nothing is evicted; one more raises (in compiled and captured steps
@@ -128,7 +142,7 @@ class FixedCache(CompressedCache):
 
     Raises:
         ValueError: a method whose evictions are no single overwritten slots (see `kvcompress.fixed.Turnover`).
-        NotImplementedError: a model with other than full-attention layers.
+        NotImplementedError: a model with other layers, or a method that drafts before it cuts.
 
     Example:
         >>> cache = FixedCache(model.config, methods.create("morphkv", budget=1024))
@@ -155,16 +169,23 @@ class FixedCache(CompressedCache):
         self._fits = room  # how many fit: with more slots than the prompt needs, more than `room`
         self._turnover = turnover
         super().__init__(config, method, chunked_prefill=chunked_prefill, reserve=8)
-        if self._others:
+        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+        if others:
             raise NotImplementedError(
-                f"FixedCache: all layers must attend in full, got {', '.join(sorted({type(x).__name__ for x in self.layers}))}; "
-                "use CompressedCache"
+                f"FixedCache: layers must attend in full or over a sliding window, got {', '.join(others)}; use CompressedCache"
             )
         if self.lookahead is not None:
             raise NotImplementedError(f"FixedCache: {method} drafts before it cuts, which needs CompressedCache")
         self._prompt_layers = list(self._compressed)
-        last = len(self._compressed) - 1
-        self._decode_layers = [FixedLayer(turnover, is_last=i == last) for i in range(last + 1)]
+        ring = Turnover(evicts=True)
+        last = len(kinds) - 1
+        self._decode_layers = [
+            FixedLayer(turnover, is_last=i == last)
+            if kind == "full_attention"
+            else FixedLayer(ring, is_last=i == last, is_sliding=True)
+            for i, kind in enumerate(kinds)
+        ]
         self._columns: Tensor | None = None
         self._attachment: weakref.ref[Attachment] | None = None
 
@@ -181,8 +202,9 @@ class FixedCache(CompressedCache):
     def reset(self) -> None:
         """The next forward is a new prompt. Buffers and their addresses stay."""
         self._fixed = None
-        self.layers = list(self._prompt_layers)
-        super().reset()
+        for prompt in self._prompt_layers:
+            self.layers[prompt.layer_idx] = prompt
+        super().reset()  # which makes the others anew
 
     # --- the prompt
 
@@ -193,7 +215,10 @@ class FixedCache(CompressedCache):
             if layer_idx == 0:
                 self._take_room(key_states)
             return self._fixed[layer_idx].update(key_states, value_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx in self._others and layer_idx == len(self.layers) - 1:
+            self._fix()  # this layer still attends over what it has been given here
+        return held
 
     def attend(
         self,
@@ -208,13 +233,13 @@ class FixedCache(CompressedCache):
             raise RuntimeError("FixedCache: run the model inside `with kvcompress.models.attach(model):`")
         self._attachment = weakref.ref(attachment)
         out = super().attend(layer_idx, query, rows, scale, attachment, attended)
-        if layer_idx == len(self.layers) - 1:
+        if layer_idx == self._prompt_layers[-1].layer_idx:
             self._fix()
         return out
 
     def observe(self, layer_idx: int, before: Tensor, update: Tensor) -> None:
         super().observe(layer_idx, before, update)
-        if layer_idx == len(self.layers) - 1:
+        if layer_idx == self._prompt_layers[-1].layer_idx:
             self._fix()
 
     def finish_prompt(self) -> None:
@@ -227,19 +252,26 @@ class FixedCache(CompressedCache):
         keeps_all = self._pipeline is None and not self.chunked_prefill and not self._compressed[0].record_past
         cut = keeps_all or all(layer.is_cut for layer in self._compressed)
         attachment = None if self._attachment is None else self._attachment()
-        if self._fixed is not None or waits or not cut or attachment is None:
-            return
         first = self._prompt_layers[0]
+        behind = any(self.layers[i].get_seq_length() != first.columns for i in self._others)
+        if self._fixed is not None or waits or not cut or behind or attachment is None:
+            return
         assert first.store is not None
+        seen = list(first.store.seen)
         self._columns = same_address(self._columns, torch.tensor(first.columns, device=first.store.keys.device))
         fits = []
-        for prompt, layer in zip(self._prompt_layers, self._decode_layers):
+        for prompt in self._prompt_layers:
             assert isinstance(prompt.store, DenseStore)
             fits.append(max(self.room, (self.capacity or 0) - prompt.store.max_length))
+            layer = self._decode_layers[prompt.layer_idx]
             layer.load(prompt.store, self._columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
             prompt.prompt_over = True
             prompt.store = None  # its buffers are free from here on
-            attachment.bind(prompt.layer_idx, layer)
+        for layer_idx in self._others:
+            ring = _ring(self.layers[layer_idx], seen)
+            self._decode_layers[layer_idx].load(ring, self._columns, None, room=0, capacity=None)
+        for layer_idx, layer in enumerate(self._decode_layers):
+            attachment.bind(layer_idx, layer)
         self._fixed, self._behind, self._fits = self._decode_layers, 0, min(fits)
         self.layers = list(self._decode_layers)
 
@@ -263,6 +295,11 @@ class FixedCache(CompressedCache):
 
     def activate_past_recording(self) -> None:
         """Drafts may follow: the cut waits for the first `crop`."""
+        if self._others:
+            raise NotImplementedError(
+                "FixedCache: sliding-window layers overwrite their oldest entries, so rejected drafts cannot be taken back; generate "
+                "without an assistant, or use CompressedCache"
+            )
         if self._turnover.evicts:
             raise NotImplementedError(
                 "FixedCache: this method evicts entries while decoding, so rejected drafts cannot be taken back; generate without "
@@ -306,13 +343,14 @@ class FixedCache(CompressedCache):
             return super().stats()
         self.check_room()
         layers = []
-        for prompt, layer in zip(self._prompt_layers, self._fixed):
-            store = layer.store
+        for prompt in self._prompt_layers:
+            store = self._fixed[prompt.layer_idx].store
             seen, entries = store.seen[:, 0].tolist(), store.lengths[:, 0].tolist()
             heads = [[n] * store.keys.shape[1] for n in entries]
             layers.append(LayerStats(prompt.layer_idx, seen, entries, heads, store.nbytes, self._scorer(prompt)))
         name = "full cache" if self.method is None else str(self.method)
-        return CacheStats(name, int(self._fixed[0].get_seq_length()), sum(layer.nbytes for layer in layers), layers)
+        nbytes = sum(layer.store.nbytes for layer in self._fixed)
+        return CacheStats(name, int(self._fixed[0].get_seq_length()), nbytes, layers)
 
     def positions(self, layer: int) -> Tensor:
         """Original positions of a layer's entries, ascending, ``[batch, heads, capacity]`` int32, -1 behind a row's last one."""
