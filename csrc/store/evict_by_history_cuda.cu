@@ -98,14 +98,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = blockIdx.x / kBlocks, u = blockIdx.y;
   const int block = blockIdx.x % kBlocks, n = static_cast<int>(p.n);
   const auto capacity = static_cast<int>(p.capacity);
-  const int stretch = (capacity + kBlocks - 1) / kBlocks;
-  const Stretch own{block * stretch, min((block + 1) * stretch, capacity)};
+  const auto stretch_of = [&](int slots) {
+    const int each = (slots + kBlocks - 1) / kBlocks;
+    return Stretch{block * each, min((block + 1) * each, slots)};
+  };
+  Stretch own = stretch_of(capacity);
   if (p.row_start == nullptr && p.history.row_stride == p.history.width && own.begin < own.end) {
     const int bytes = (own.end - own.begin) * static_cast<int>(p.history.width * sizeof(float));
     const int64_t h = u * p.history.heads_a_unit;
     evict::fetch_ahead<kThreads>(p.history.at(b, h, own.begin), bytes);
   }
   const Unit unit(p, b, u);
+  if (p.row_start != nullptr) own = stretch_of(unit.held);  // the capacity is that of all heads
   int length = unit.held;
   EvictKey best = evict_none();
   if (length + n > unit.limit) {
