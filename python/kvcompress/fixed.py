@@ -93,8 +93,8 @@ class FixedStore:
 
     All counters live on the device and every step is the same few launches of the same shapes: one that ranks, evicts and
     appends (`evict_append_`, which moves StreamingLLM's sinks as well), two of decode attention, observed where a statistic
-    wants it, and for OBCache's key and joint scores one that looks at the values again: three launches a layer, at most
-    four. So a step can be compiled or captured in a CUDA graph and then serves any prompt. Buffers keep their addresses as
+    wants it, and for OBCache one that looks at the values again: three launches a layer, at most four (a store by query heads
+    has copies of the new K and V made before). So a step can be compiled or captured in a CUDA graph and then serves any prompt. Buffers keep their addresses as
     long as the sizes stay.
 
     Attributes:
