@@ -96,13 +96,25 @@ def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
         "no:cacheprovider",
     ]
     options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "-m", "cuda" if device.type == "cuda" else "not cuda"]
-    for name in dict.fromkeys(name for case in cases for name in test_files(case)):
-        path, _, words = name.partition("::")
-        print(f"testing {path} {words}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pytest", *options, path, *(["-k", words] if words else [])]
-        code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=environment).returncode
-        none_for_gpu = code == 5 and device.type == "cuda" and path.startswith("tests/methods/")
-        if code and not none_for_gpu:
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
+
+    def code(names: Sequence[str]) -> int:
+        words = " or ".join(word for name in names for word in name.split("::")[1:])
+        paths = [name.split("::")[0] for name in names]
+        print(f"testing {' '.join(paths)} {words}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "pytest", *options, *paths, *(["-k", words] if words else [])]
+        return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, env=environment).returncode
+
+    files = list(dict.fromkeys(name for case in cases for name in test_files(case)))
+    whole = [name for name in files if "::" not in name]
+    if whole and code(whole) == 0:  # one process for all; who failed is asked only where it matters
+        files = [name for name in files if name not in whole]
+    for name in files:
+        path = name.split("::")[0]
+        failed = code([name])
+        none_for_gpu = failed == 5 and device.type == "cuda" and path.startswith("tests/methods/")
+        if failed and not none_for_gpu:
             red.append(path)
     return red
 

@@ -10,16 +10,14 @@ namespace kvc::bench {
 namespace {
 
 Work decode_work(Machine& machine, int64_t copies, int64_t batch, int64_t length) {
-  Random random;
   Work work;
-  const auto bfloat16 = [&](int64_t) { return random.bfloat16(); };
   const int64_t rows = batch * kQueryHeads, entries = batch * kHeads * length;
   const double scale = 1.0 / std::sqrt(static_cast<double>(kHeadDim));
   for (int64_t copy = 0; copy < copies; ++copy) {
     DecodeAttentionParams p{};
-    p.q = machine.make<uint16_t>(rows * kHeadDim, bfloat16);
-    p.k = machine.make<uint16_t>(entries * kHeadDim, bfloat16);
-    p.v = machine.make<uint16_t>(entries * kHeadDim, bfloat16);
+    p.q = machine.bfloat16(rows * kHeadDim);
+    p.k = machine.bfloat16(entries * kHeadDim);
+    p.v = machine.bfloat16(entries * kHeadDim);
     p.out = machine.room<uint16_t>(rows * kHeadDim);
     p.lse = machine.room<float>(rows);
     p.batch = batch;
@@ -40,7 +38,7 @@ Work decode_work(Machine& machine, int64_t copies, int64_t batch, int64_t length
     const int64_t partials = (p.max_workers + p.num_rows()) * p.slice();
     p.partial_out = machine.room<float>(partials * kHeadDim);
     p.partial_stats = machine.room<float>(partials * 2);
-    p.tile_start = machine.room<int64_t>(p.num_stores() + 2);
+    p.owners = machine.room<int32_t>(2 * p.num_rows());
     work.sets.push_back([p, &machine] { KVC_BENCH_LAUNCH(decode_attention, p, machine); });
   }
   work.bytes = 2.0 * 2.0 * static_cast<double>(entries * kHeadDim);

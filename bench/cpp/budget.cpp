@@ -6,14 +6,12 @@ namespace kvc::bench {
 namespace {
 
 Work cosine_work(Machine& machine, int64_t copies, int64_t length, int64_t hidden, bool is_update) {
-  Random random;
   Work work;
-  const auto bfloat16 = [&](int64_t) { return random.bfloat16(); };
   for (int64_t copy = 0; copy < copies; ++copy) {
     const int64_t tiles = (length + kCosineTile - 1) / kCosineTile;
     const CosineImportanceParams p{
-        .before = machine.make<uint16_t>(length * hidden, bfloat16),
-        .after = machine.make<uint16_t>(length * hidden, bfloat16),
+        .before = machine.bfloat16(length * hidden),
+        .after = machine.bfloat16(length * hidden),
         .partial = machine.room<float>(tiles),
         .out = machine.room<float>(1),
         .batch = 1,

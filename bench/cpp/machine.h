@@ -1,5 +1,5 @@
-// Where a case runs, and how it is timed there. Both machines time a round: every set of inputs
-// once.
+// Where a case runs, and how it is timed there. Both machines time a round, every set of inputs
+// once; on CUDA it is captured into a graph first, so that no launch waits for the host.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -22,9 +22,10 @@ class Machine {
   virtual void flush() = 0;  // fills the last-level cache with lines that no case reads
   virtual void* stream() = 0;
   virtual bool is_cuda() const = 0;
+  virtual std::function<void()> prepared(const std::function<void()>& run) { return run; }
   virtual double seconds(const std::function<void()>& run) = 0;
 
-  // n elements, the same on every machine: uniform floats in [-1, 1) or what `make` says.
+  // n elements, the same on every machine, what `element` says.
   template <typename T, typename F>
   T* make(int64_t n, F&& element) {
     std::vector<T> values(n);
@@ -33,6 +34,9 @@ class Machine {
     upload(to, values.data(), n * static_cast<int64_t>(sizeof(T)));
     return to;
   }
+  // n bfloat16 numbers in [-1, 1), other ones every time, out of 2^23 and a bit that are made once:
+  // making all of them would take longer than anything that is measured.
+  uint16_t* bfloat16(int64_t n);
   template <typename T>
   T* room(int64_t n) {
     owned_.push_back(allocate(n * static_cast<int64_t>(sizeof(T))));
@@ -42,6 +46,8 @@ class Machine {
 
  private:
   std::vector<std::shared_ptr<void>> owned_;
+  std::vector<uint16_t> numbers_;
+  size_t next_number_ = 0;
 };
 
 // A generator that is fast enough to fill caches of hundreds of megabytes.

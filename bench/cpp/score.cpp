@@ -11,14 +11,12 @@ namespace {
 
 Work window_scores_work(Machine& machine, int64_t copies, int64_t batch, int64_t length,
                         int64_t window, bool with_lse) {
-  Random random;
   Work work;
   const int64_t rows = batch * kQueryHeads * window;
   for (int64_t copy = 0; copy < copies; ++copy) {
-    const auto bfloat16 = [&](int64_t) { return random.bfloat16(); };
     WindowScoresParams p{AttentionRows{
-        .q = machine.make<uint16_t>(rows * kHeadDim, bfloat16),
-        .k = machine.make<uint16_t>(batch * kHeads * length * kHeadDim, bfloat16),
+        .q = machine.bfloat16(rows * kHeadDim),
+        .k = machine.bfloat16(batch * kHeads * length * kHeadDim),
         .lse = with_lse ? machine.make<float>(rows, [](int64_t) { return 10.0f; }) : nullptr,
         .batch = batch,
         .num_q_heads = kQueryHeads,

@@ -58,13 +58,11 @@ void decode_like_loops(int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t
   const int64_t partials = (p.max_workers + p.num_rows()) * p.slice();
   std::vector<float> partial_out(partials * dim), partial_stats(partials * 2),
       lse(want_lse.size(), NAN);
-  std::vector<int64_t> tile_start(p.num_stores() + 2);
   std::vector<T> out(want.size());
   p.out = out.data();
   p.lse = lse.data();
   p.partial_out = partial_out.data();
   p.partial_stats = partial_stats.data();
-  p.tile_start = tile_start.data();
   decode_attention_cpu(p);
   std::vector<float> got;
   for (const T one : out) got.push_back(to_float(one));
