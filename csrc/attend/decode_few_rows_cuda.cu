@@ -284,17 +284,17 @@ struct Warp {
     }
   }
 
-  // Logits in base 2 for the merge to look at; see step_logit.
+  // Logits in base 2 for the merge to look at; see step_logit, of which this is the start of a step.
   __device__ __forceinline__ void leave_logits(const DecodeAttentionParams& p,
                                                const float (&x)[X::kBlocks][4], uint32_t store,
                                                uint32_t step, int rows, int lane) const {
-    float* to = p.step_logits + step_logit(p, store, step * X::kKeys, 0) + lane / 4 * 4;
+    const uint32_t pairs = (rows + 1) / 2, steps = (static_cast<uint32_t>(p.width) + X::kKeys - 1) / X::kKeys;
+    float4* to = reinterpret_cast<float4*>(p.step_logits) +
+                 static_cast<uint64_t>((store * steps + step) * pairs) * 8 + lane / 4;
 #pragma unroll
     for (int block = 0; block < X::kBlocks; ++block) {
-      const int pair = block * 4 + lane % 4;
-      if (2 * pair >= rows) continue;
-      *reinterpret_cast<float4*>(to + pair * 2 * X::kKeys) =
-          make_float4(x[block][0], x[block][1], x[block][2], x[block][3]);
+      const uint32_t pair = block * 4 + lane % 4;
+      if (pair < pairs) to[pair * 8] = make_float4(x[block][0], x[block][1], x[block][2], x[block][3]);
     }
   }
 

@@ -181,25 +181,53 @@ __device__ __forceinline__ void add_up_lse(const DecodeAttentionParams& p, uint3
   }
 }
 
+// Where nothing but sums of all heads of a group is kept, and where more.
+enum class Observe { kNothing, kSums, kAll };
+
 // Entries [begin, end) of a store whose step_logits hold kGroup rows, one query each. A thread takes
 // an entry of each half of a step at a time, whose logits of two rows lie together.
-template <int kGroup>
+template <int kGroup, Observe kWhat>
 __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, uint32_t store,
                                               uint32_t length, uint32_t begin, uint32_t end,
-                                              const float* lse_of) {
+                                              float* lse_of) {
+  constexpr bool kIsSums = kWhat == Observe::kSums;
   constexpr int kPairs = (kGroup + 1) / 2;
-  float lse[kGroup];
-#pragma unroll
-  for (int g = 0; g < kGroup; ++g) lse[g] = lse_of[g];
   constexpr uint32_t kKeys = kStepKeys;
+  const ObservedParams& o = p.observed;
   const uint32_t last = (end + kKeys - 1) / kKeys * kKeys;
-  for (uint32_t at = begin + threadIdx.x * 2; at < last; at += 2 * kMergeThreads) {
-    const uint32_t j = at / kKeys * kKeys + at % kKeys / 2;  // and j + 8
-    float4 x[kPairs];
+  const uint32_t pairs = (p.rows + 1) / 2;
+  const float4* logits =
+      reinterpret_cast<const float4*>(p.step_logits + step_logit(p, store, 0, 0));
+  float* sums = kIsSums ? observed_sums(p, store, 0) : nullptr;
+  const float* weights = kIsSums && o.weights != nullptr ? observed_weights(p, store) : nullptr;
+  uint32_t at = begin + threadIdx.x * 2, j = 0;  // entries j and j + 8
+  float4 x[kPairs];
+  float old[2], weight[2];
+  const auto load = [&] {
+    if (at >= last) return;
+    j = at / kKeys * kKeys + at % kKeys / 2;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      x[pair] = *reinterpret_cast<const float4*>(p.step_logits + step_logit(p, store, j, 2 * pair));
+      x[pair] = logits[static_cast<uint64_t>(at / kKeys * pairs + pair) * 8 + j % 8];
     }
+    if constexpr (kIsSums) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool is_there = j + 8 * half < end;
+        old[half] = is_there && o.decay != 0 ? sums[j + 8 * half] : 0;
+        weight[half] = is_there && weights != nullptr ? weights[j + 8 * half] : 1;
+      }
+    }
+  };
+  load();  // while max and sum are added up
+  if (o.sums != nullptr) {
+    add_up_lse(p, store, length, lse_of);
+    __syncthreads();
+  }
+  float lse[kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) lse[g] = o.sums != nullptr ? lse_of[g] : 0;
+  while (at < last) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (j + 8 * half >= end) continue;
@@ -207,30 +235,29 @@ __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, ui
         const float4& y = x[g / 2];
         return half == 0 ? (g % 2 == 0 ? y.x : y.y) : (g % 2 == 0 ? y.z : y.w);
       };
-      observe_entry<kGroup, 1>(
-          p, store, length, j + 8 * half, [&](int g, int) { return logit2(g) * kLn2; },
-          [&](int g, int) { return exp2f(logit2(g) - lse[g]); });
+      const auto share = [&](int g, int) { return exp2f(logit2(g) - lse[g]); };
+      if constexpr (kIsSums) {
+        const float gain = observed_gain<1>(p, length, j + 8 * half, 0, kGroup, share);
+        sums[j + 8 * half] = observed_sum<1>(p, gain * weight[half], old[half]);
+      } else {
+        observe_entry<kGroup, 1>(
+            p, store, length, j + 8 * half, [&](int g, int) { return logit2(g) * kLn2; }, share);
+      }
     }
+    at += 2 * kMergeThreads;
+    load();
   }
 }
 
-__device__ __forceinline__ void observe(const DecodeAttentionParams& p, const MergeGrid& grid,
-                                        uint32_t store, uint32_t chunk) {
-  __shared__ float lse_of[kObservedMaxRows];  // in base 2
-  const uint32_t length = length_of(p, store), begin = chunk * grid.observed_keys;
-  if (begin >= length) return;
-  const uint32_t end = min(begin + grid.observed_keys, length);
+// In any order and number of queries.
+__device__ __forceinline__ void observe_entries(const DecodeAttentionParams& p, uint32_t store,
+                                                uint32_t length, uint32_t begin, uint32_t end,
+                                                float* lse_of) {
   if (p.observed.sums != nullptr) {
     add_up_lse(p, store, length, lse_of);
     __syncthreads();
   }
   const int n = static_cast<int>(p.num_queries);
-  if (p.step_logits != nullptr) {
-    if (n == 1 && p.q_per_kv == 1) return observe_steps<1>(p, store, length, begin, end, lse_of);
-    if (n == 1 && p.q_per_kv == 2) return observe_steps<2>(p, store, length, begin, end, lse_of);
-    if (n == 1 && p.q_per_kv == 4) return observe_steps<4>(p, store, length, begin, end, lse_of);
-    if (n == 1 && p.q_per_kv == 8) return observe_steps<8>(p, store, length, begin, end, lse_of);
-  }
   for (uint32_t j = begin + threadIdx.x; j < end; j += kMergeThreads) {
     if (p.step_logits != nullptr) {
       const float* logits = p.step_logits + step_logit(p, store, j, 0);
@@ -247,23 +274,55 @@ __device__ __forceinline__ void observe(const DecodeAttentionParams& p, const Me
   }
 }
 
-// kObserves apart: the plain merge is short, and waits beside the workers.
-template <typename T, int kParts, bool kObserves>
-__global__ void __launch_bounds__(kMergeThreads, kObserves ? 3 : 4)
+template <Observe kWhat>
+__device__ __forceinline__ void observe(const DecodeAttentionParams& p, const MergeGrid& grid,
+                                        uint32_t store, uint32_t chunk) {
+  __shared__ float lse_of[kObservedMaxRows];  // in base 2
+  const uint32_t length = length_of(p, store), begin = chunk * grid.observed_keys;
+  if (begin >= length) return;
+  const uint32_t end = min(begin + grid.observed_keys, length);
+  if (p.step_logits != nullptr && p.num_queries == 1) {
+    if (p.q_per_kv == 1) return observe_steps<1, kWhat>(p, store, length, begin, end, lse_of);
+    if (p.q_per_kv == 2) return observe_steps<2, kWhat>(p, store, length, begin, end, lse_of);
+    if (p.q_per_kv == 4) return observe_steps<4, kWhat>(p, store, length, begin, end, lse_of);
+    if (p.q_per_kv == 8) return observe_steps<8, kWhat>(p, store, length, begin, end, lse_of);
+  }
+  observe_entries(p, store, length, begin, end, lse_of);
+}
+
+// Brings the sums that this block will change into L2, before the launches in front have ended:
+// addresses of a dense store depend on parameters alone.
+__device__ __forceinline__ void fetch_sums(const DecodeAttentionParams& p, const MergeGrid& grid,
+                                           uint32_t store, uint32_t chunk) {
+  constexpr uint32_t kLine = 128 / sizeof(float);
+  const uint32_t at = threadIdx.x * kLine, j = chunk * grid.observed_keys + at;
+  if (p.row_start != nullptr || p.observed.sums == nullptr || p.observed.sums_by_head) return;
+  if (at < grid.observed_keys && j < p.width) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(observed_sums(p, store, 0) + j));
+  }
+}
+
+// kWhat apart: the plain merge is short, and waits beside the workers.
+template <typename T, int kParts, Observe kWhat>
+__global__ void __launch_bounds__(kMergeThreads, kWhat == Observe::kAll ? 3 : 4)
     merge_kernel(const __grid_constant__ DecodeAttentionParams p,
                  const __grid_constant__ MergeGrid grid) {
   fetch_params(p);
   launch_dependents();
   uint32_t block = blockIdx.x;
   if (block < grid.merges) return merge_rows<T, kParts>(p, grid, block);
-  launch_wait();
   block -= grid.merges;
   if (block < grid.fills) {
+    launch_wait();
     return fill_logits(p, block / grid.fills_a_row, block % grid.fills_a_row);
   }
-  block -= grid.fills;
-  if constexpr (kObserves) {
-    observe(p, grid, block / grid.observes_a_store, block % grid.observes_a_store);
+  if constexpr (kWhat != Observe::kNothing) {
+    block -= grid.fills;
+    const uint32_t store = block / grid.observes_a_store;
+    const uint32_t chunk = block - store * grid.observes_a_store;
+    fetch_sums(p, grid, store, chunk);
+    launch_wait();
+    observe<kWhat>(p, grid, store, chunk);
   }
 }
 
@@ -279,9 +338,9 @@ void decode_merge_cuda(const DecodeAttentionParams& p, int64_t workers, cudaStre
     grid.fills = rows * grid.fills_a_row;
   }
   if (p.observed.any()) {
-    // Eight blocks a multiprocessor, but from 512 to 4096 entries each.
+    // Four blocks a multiprocessor, what it holds at once, but from 512 to 4096 entries each.
     constexpr int64_t kUnit = 2 * kMergeThreads;
-    const int64_t blocks = 8 * device_limits().multiprocessors, all = p.width * stores;
+    const int64_t blocks = 4 * device_limits().multiprocessors, all = p.width * stores;
     const int64_t units = (all + blocks * kUnit - 1) / (blocks * kUnit);
     grid.observed_keys = static_cast<uint32_t>(kUnit * std::clamp<int64_t>(units, 1, 8));
     grid.observes_a_store =
@@ -291,12 +350,20 @@ void decode_merge_cuda(const DecodeAttentionParams& p, int64_t workers, cudaStre
   const uint32_t blocks = grid.merges + grid.fills + grid.observes;
   visit_float_cuda(p.dtype, "decode_attention", [&](auto tag) {
     using T = decltype(tag);
+    const auto launch = [&](auto kernel) {
+      Launch(blocks, kMergeThreads, 0, stream)
+          .early(device_limits().major >= 9)("decode_attention", kernel, p, grid);
+    };
     const bool is_short = p.head_dim <= 128;
-    const auto kernel =
-        p.observed.any() ? (is_short ? merge_kernel<T, 1, true> : merge_kernel<T, 2, true>)
-                         : (is_short ? merge_kernel<T, 1, false> : merge_kernel<T, 2, false>);
-    Launch(blocks, kMergeThreads, 0, stream)
-        .early(device_limits().major >= 9)("decode_attention", kernel, p, grid);
+    const bool is_sums = p.observed.history == nullptr && !p.observed.sums_by_head;
+    if (!p.observed.any()) {
+      launch(is_short ? merge_kernel<T, 1, Observe::kNothing>
+                      : merge_kernel<T, 2, Observe::kNothing>);
+    } else if (is_sums) {
+      launch(is_short ? merge_kernel<T, 1, Observe::kSums> : merge_kernel<T, 2, Observe::kSums>);
+    } else {
+      launch(is_short ? merge_kernel<T, 1, Observe::kAll> : merge_kernel<T, 2, Observe::kAll>);
+    }
   });
 }
 

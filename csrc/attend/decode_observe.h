@@ -17,6 +17,38 @@ constexpr float observed_reduce(GroupReduce reduce, int first, int last, F&& val
   return reduce == GroupReduce::kMean ? all / static_cast<float>(last - first) : all;
 }
 
+// What entry j adds to the sum kept of the query heads [first, last), its weight apart; the old sum
+// counts decay^num_queries.
+template <int kQueries = 0, typename Share>
+constexpr float observed_gain(const DecodeAttentionParams& p, int64_t length, int64_t j, int first,
+                              int last, Share&& share) {
+  const ObservedParams& o = p.observed;
+  const int n = kQueries > 0 ? kQueries : static_cast<int>(p.num_queries);
+  float sum = 0;
+  for (int i = 0; i < n; ++i) {
+    float term = 0;
+    if (j < p.visible(length, i)) {
+      term = observed_reduce(o.reduce, first, last, [&](int g) {
+        const float x = share(g, i);
+        return o.power == 2 ? x * x : x;
+      });
+    }
+    sum = o.decay == 0 ? term : sum * o.decay + term;
+  }
+  return sum;
+}
+
+// `old` is read only where it counts.
+template <int kQueries = 0>
+constexpr float observed_sum(const DecodeAttentionParams& p, float gain, const float& old) {
+  const ObservedParams& o = p.observed;
+  if (o.decay == 0) return gain;
+  float factor = o.decay;
+  const int n = kQueries > 0 ? kQueries : static_cast<int>(p.num_queries);
+  for (int i = 1; i < n; ++i) factor *= o.decay;
+  return old * factor + gain;
+}
+
 // Entry j of a store. logit(g, i) is the scaled logit of query i of head g, share(g, i) its
 // probability; neither is asked for where the query does not see j. kGroup and kQueries are the
 // sizes where they are known to the compiler, else 0.
@@ -28,21 +60,10 @@ constexpr void observe_entry(const DecodeAttentionParams& p, int64_t store, int6
   const int group = kGroup > 0 ? kGroup : p.q_per_kv;
   // What is kept of the query heads [first, last): `kept` is its number.
   const auto add = [&](int kept, int first, int last) {
-    float sum = 0, factor = 1;
-    for (int i = 0; i < n; ++i) {
-      float term = 0;
-      if (j < p.visible(length, i)) {
-        term = observed_reduce(o.reduce, first, last, [&](int g) {
-          const float x = share(g, i);
-          return o.power == 2 ? x * x : x;
-        });
-      }
-      sum = o.decay == 0 ? term : sum * o.decay + term;
-      factor *= o.decay;
-    }
-    if (o.weights != nullptr) sum *= observed_weights(p, store)[j];
-    float* to = observed_sums(p, store, kept) + j;
-    *to = o.decay == 0 ? sum : *to * factor + sum;
+    float gain = observed_gain<kQueries>(p, length, j, first, last, share);
+    if (o.weights != nullptr) gain *= observed_weights(p, store)[j];
+    float& sum = observed_sums(p, store, kept)[j];
+    sum = observed_sum<kQueries>(p, gain, sum);
   };
   if (o.sums != nullptr && !o.sums_by_head) add(0, 0, group);
   if (o.sums != nullptr && o.sums_by_head) {
