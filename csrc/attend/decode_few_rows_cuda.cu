@@ -22,6 +22,7 @@
 
 #include "attend/decode_attention.h"
 #include "attend/decode_kernels.cuh"
+#include "device/cache.cuh"
 #include "device/dispatch.cuh"
 #include "device/limits.cuh"
 #include "device/math.cuh"
@@ -101,7 +102,8 @@ __device__ __forceinline__ void open_store(const DecodeAttentionParams& p, Steps
     at.k = static_cast<const char*>(p.k) + row * row_bytes(p.k_row_stride);
     at.v = static_cast<const char*>(p.v) + row * row_bytes(p.v_row_stride);
   } else {
-    const uint32_t b = p.row_of_batch(at.store), h = at.store - b * static_cast<uint32_t>(p.num_kv_heads);
+    const uint32_t b = p.row_of_batch(at.store);
+    const uint32_t h = at.store - b * static_cast<uint32_t>(p.num_kv_heads);
     at.k = static_cast<const char*>(p.k) + (b * p.k_batch_stride + h * p.k_head_stride) * 2;
     at.v = static_cast<const char*>(p.v) + (b * p.v_batch_stride + h * p.v_head_stride) * 2;
   }
@@ -143,6 +145,12 @@ struct Warp {
       value_unit[i] = (lane / 4 + 8 * i) * 16;
       if (!X::kIsFull) value_unit[i] = min(static_cast<int>(value_unit[i]), last);
     }
+#pragma unroll
+    for (int i = 0; i < X::kBlocks * 2; ++i) {
+      const uint32_t r = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      const uint32_t queries = static_cast<uint32_t>(p.num_queries);
+      behind[i / 2][i % 2] = queries - 1 - (r - p.by_queries.quotient(r) * queries);
+    }
   }
 
   // Rows behind the entries are read as the last entry: it is there, and what comes of it is
@@ -173,8 +181,8 @@ struct Warp {
   }
 
   // The query rows of a store; where there are fewer than kRows, the last one again.
-  __device__ __forceinline__ void start(const DecodeAttentionParams& p, uint32_t store, int rows,
-                                        int lane) {
+  __device__ __forceinline__ void load_queries(const DecodeAttentionParams& p, uint32_t store,
+                                               int rows, int lane) {
 #pragma unroll
     for (int block = 0; block < X::kBlocks; ++block) {
       const int r = min(block * 8 + lane / 4, rows - 1);
@@ -182,11 +190,11 @@ struct Warp {
 #pragma unroll
       for (int i = 0; i < X::kKeyUnits; ++i) load_unit(q[block][i], row + key_unit[i]);
     }
+  }
+  // Of a store, once its query rows are under way.
+  __device__ __forceinline__ void start(const DecodeAttentionParams& p, int lane) {
 #pragma unroll
     for (int i = 0; i < X::kBlocks * 2; ++i) {
-      const uint32_t r = i / 2 * 8 + lane % 4 * 2 + i % 2;
-      const uint32_t queries = static_cast<uint32_t>(p.num_queries);
-      behind[i / 2][i % 2] = queries - 1 - (r - p.by_queries.quotient(r) * queries);
       most[i / 2][i % 2] = -INFINITY;
       sum[i / 2][i % 2] = 0;
     }
@@ -288,13 +296,15 @@ struct Warp {
   __device__ __forceinline__ void leave_logits(const DecodeAttentionParams& p,
                                                const float (&x)[X::kBlocks][4], uint32_t store,
                                                uint32_t step, int rows, int lane) const {
-    const uint32_t pairs = (rows + 1) / 2, steps = (static_cast<uint32_t>(p.width) + X::kKeys - 1) / X::kKeys;
+    const uint32_t steps = (static_cast<uint32_t>(p.width) + X::kKeys - 1) / X::kKeys;
+    const uint32_t pairs = (rows + 1) / 2;
     float4* to = reinterpret_cast<float4*>(p.step_logits) +
                  static_cast<uint64_t>((store * steps + step) * pairs) * 8 + lane / 4;
 #pragma unroll
     for (int block = 0; block < X::kBlocks; ++block) {
       const uint32_t pair = block * 4 + lane % 4;
-      if (pair < pairs) to[pair * 8] = make_float4(x[block][0], x[block][1], x[block][2], x[block][3]);
+      if (pair >= pairs) continue;
+      store_kept(to + pair * 8, make_float4(x[block][0], x[block][1], x[block][2], x[block][3]));
     }
   }
 
@@ -449,8 +459,9 @@ __global__ void __maxnreg__(X::kRegisters)
     state.load_keys(p, ahead, lane);
     state.load_values(p, ahead, lane);
   }
-  state.start(p, block.store, rows, lane);
+  state.load_queries(p, block.store, rows, lane);
   while (true) {
+    state.start(p, lane);
     while (ahead.step < ahead.end && ahead.store == block.store) {
       float x[X::kBlocks][4];
       state.logits(x);
@@ -464,10 +475,12 @@ __global__ void __maxnreg__(X::kRegisters)
       state.add_values(x);
       if (is_there) state.load_values(p, ahead, lane);
     }
-    flush<X>(p, state, sums, block, rows, warp, lane);
-    if (!next_store<X>(p, block, warp)) return;
+    const Steps done = block;
+    const bool has_next = next_store<X>(p, block, warp);
+    if (has_next) state.load_queries(p, block.store, rows, lane);
+    flush<X>(p, state, sums, done, rows, warp, lane);
+    if (!has_next) return;
     __syncthreads();  // sums and stats may be written again
-    state.start(p, block.store, rows, lane);
   }
 }
 

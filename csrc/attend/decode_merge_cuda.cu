@@ -11,6 +11,7 @@
 #include "attend/decode_attention.h"
 #include "attend/decode_kernels.cuh"
 #include "attend/decode_observe.h"
+#include "device/cache.cuh"
 #include "device/dispatch.cuh"
 #include "device/limits.cuh"
 
@@ -203,12 +204,15 @@ __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, ui
   uint32_t at = begin + threadIdx.x * 2, j = 0;  // entries j and j + 8
   float4 x[kPairs];
   float old[2], weight[2];
+  const auto line = [&](int pair) {  // of two rows of the step
+    return logits + static_cast<uint64_t>(at / kKeys * pairs + pair) * 8;
+  };
   const auto load = [&] {
     if (at >= last) return;
     j = at / kKeys * kKeys + at % kKeys / 2;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      x[pair] = logits[static_cast<uint64_t>(at / kKeys * pairs + pair) * 8 + j % 8];
+      x[pair] = line(pair)[j % 8];
     }
     if constexpr (kIsSums) {
 #pragma unroll
@@ -244,6 +248,11 @@ __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, ui
             p, store, length, j + 8 * half, [&](int g, int) { return logit2(g) * kLn2; }, share);
       }
     }
+    __syncwarp();  // eight lanes have read a line
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (threadIdx.x % 8 == 0) discard_line(line(pair));
+    }
     at += 2 * kMergeThreads;
     load();
   }
@@ -258,18 +267,26 @@ __device__ __forceinline__ void observe_entries(const DecodeAttentionParams& p, 
     __syncthreads();
   }
   const int n = static_cast<int>(p.num_queries);
-  for (uint32_t j = begin + threadIdx.x; j < end; j += kMergeThreads) {
-    if (p.step_logits != nullptr) {
-      const float* logits = p.step_logits + step_logit(p, store, j, 0);
-      const auto logit2 = [&](int r) { return logits[r / 2 * (2 * kStepKeys) + r % 2]; };
-      observe_entry(
-          p, store, length, j, [&](int g, int i) { return logit2(g * n + i) * kLn2; },
-          [&](int g, int i) { return exp2f(logit2(g * n + i) - lse_of[g * n + i]); });
-    } else {
+  for (uint32_t at = begin; at < end; at += kMergeThreads) {
+    const uint32_t j = at + threadIdx.x;
+    const bool is_there = j < end;
+    if (p.step_logits == nullptr) {
       const float* logits = p.logits + store * p.packed_rows() * p.width + j;
       const auto logit = [&](int g, int i) { return logits[(g * n + i) * p.width]; };
-      observe_entry(p, store, length, j, logit,
-                    [&](int g, int i) { return exp2f(logit(g, i) * kLog2e - lse_of[g * n + i]); });
+      const auto share = [&](int g, int i) {
+        return exp2f(logit(g, i) * kLog2e - lse_of[g * n + i]);
+      };
+      if (is_there) observe_entry(p, store, length, j, logit, share);
+      continue;
+    }
+    const float* logits = p.step_logits + step_logit(p, store, j, 0);
+    const auto logit2 = [&](int r) { return logits[r / 2 * (2 * kStepKeys) + r % 2]; };
+    const auto logit = [&](int g, int i) { return logit2(g * n + i) * kLn2; };
+    const auto share = [&](int g, int i) { return exp2f(logit2(g * n + i) - lse_of[g * n + i]); };
+    if (is_there) observe_entry(p, store, length, j, logit, share);
+    __syncwarp();  // sixteen lanes have read the lines of a step
+    for (int r = 0; r < p.rows && is_there && j % kStepKeys == 0; r += 2) {
+      discard_line(logits + r * kStepKeys);
     }
   }
 }
@@ -298,7 +315,7 @@ __device__ __forceinline__ void fetch_sums(const DecodeAttentionParams& p, const
   const uint32_t at = threadIdx.x * kLine, j = chunk * grid.observed_keys + at;
   if (p.row_start != nullptr || p.observed.sums == nullptr || p.observed.sums_by_head) return;
   if (at < grid.observed_keys && j < p.width) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(observed_sums(p, store, 0) + j));
+    fetch_line(observed_sums(p, store, 0) + j);
   }
 }
 
