@@ -230,6 +230,11 @@ class PerturbationSums:
         if self.score.p != 2 or not self.score.value_norm:
             raise ValueError("obcache: p must be 2 with the norm of v in a fixed store, got another value score")
 
+    def check_ragged(self, window: int | float) -> None:
+        raise ValueError(
+            "obcache: heads must keep equal numbers of entries while decoding, got heads of different counts"
+        )
+
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         return {"scores": store.beside["change"]}
 
