@@ -254,7 +254,6 @@ def decode_table(figures: dict) -> str:
     for row in figures["rows"]:
         kernels = f"{row['kernels']:,}" if row.get("kernels") else ""
         lines.append(f"| {row['cache']} | {row['ms']:.2f} | {row['ratio_to_dense']:.3f} | {kernels} |")
-    lines += [f"\n{peer}: {why}." for peer, why in figures.get("absent", {}).items()]
     lines.append(f"\n{figures['device']}, torch {figures['torch']}, transformers {figures['transformers']}.")
     return "\n".join(lines) + "\n"
 
