@@ -14,6 +14,7 @@ from kvcompress.decode import decode_attention
 from kvcompress.evict import evict_append_
 from kvcompress.observed import observed_decode_attention_
 from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 from kvcompress.rotary import SinkRotation
 from kvcompress.select import TopK, TopKRecent
 from kvcompress.statistic import FixedStatistic
@@ -124,7 +125,7 @@ class FixedStore:
         self.sink_keys: Tensor | None = None
         self._dropped: Tensor | None = None  # entries that the prompt lost; None: nothing is loaded
 
-    def load(self, store: DenseStore, *, room: int, capacity: int | None = None) -> None:
+    def load(self, store: DenseStore | RaggedStore, *, room: int, capacity: int | None = None) -> None:
         """Takes over a compressed prompt. Buffers of the same sizes are used again, at the same addresses.
 
         Args:
@@ -135,6 +136,7 @@ class FixedStore:
         Raises:
             ValueError: fewer slots than needed.
         """
+        assert isinstance(store, DenseStore), "heads of different counts are those of a RaggedFixedStore"
         rule = self.turnover
         batch, heads, _, head_dim = store.keys.shape
         targets = store.lengths if store.targets is None else store.targets
@@ -263,8 +265,8 @@ class FixedStore:
 
     def observe(self, query: Tensor, *, softmax_scale: float, **watched: Any) -> Tensor:
         """Attention of the tokens just stored, and what `observed_decode_attention_` keeps of it in `watched`."""
-        options = {"lengths": self.lengths, "softmax_scale": softmax_scale}
-        return observed_decode_attention_(query, self.keys, self.values, **options, **watched)[0]
+        options: dict[str, Any] = {"lengths": self.lengths, "softmax_scale": softmax_scale, **watched}
+        return observed_decode_attention_(query, self.keys, self.values, **options)[0]
 
     # --- what a model loop asks
 

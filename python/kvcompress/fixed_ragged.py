@@ -165,8 +165,8 @@ class RaggedFixedStore(FixedStore):
         return ragged_decode_attention(query, *self._where, max_length=self.max_length, softmax_scale=softmax_scale)[0]
 
     def observe(self, query: Tensor, *, softmax_scale: float, **watched: Any) -> Tensor:
-        options = {"max_length": self.max_length, "softmax_scale": softmax_scale}
-        return observed_ragged_decode_attention_(query, *self._where, **options, **watched)[0]
+        options: dict[str, Any] = {"max_length": self.max_length, "softmax_scale": softmax_scale, **watched}
+        return observed_ragged_decode_attention_(query, *self._where, **options)[0]
 
     @property
     def _where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from kvcompress.decode import decode_attention
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 from kvcompress.statistic import Observed, Scores, attend_and_observe, by_kv_head, kept_of
 from kvcompress.terms import Term, output_terms_
 from kvcompress.when import EveryStep
@@ -193,7 +194,7 @@ class PerturbationSums:
     def queries(self) -> int:
         return self.score.queries
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
         store.put_beside("change", kept_of(scores(replace(self.score, pool="none")), layer, store, 0.0), fill=0.0)
 
     def attend(

@@ -262,7 +262,8 @@ class FixedCache(CompressedCache):
         cut = keeps_all or all(layer.is_cut for layer in self._compressed)
         attachment = None if self._attachment is None else self._attachment()
         first = self._prompt_layers[0]
-        behind = any(self.layers[i].get_seq_length() != first.columns for i in self._others)
+        others: dict[int, Any] = {i: self.layers[i] for i in self._others}
+        behind = any(layer.get_seq_length() != first.columns for layer in others.values())
         if self._fixed is not None or waits or not cut or behind or attachment is None:
             return
         assert first.store is not None
@@ -276,8 +277,8 @@ class FixedCache(CompressedCache):
             layer.load(prompt.store, self._columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
             prompt.prompt_over = True
             prompt.store = None  # its buffers are free from here on
-        for layer_idx in self._others:
-            ring = _ring(self.layers[layer_idx], seen)
+        for layer_idx, other in others.items():
+            ring = _ring(other, seen)
             self._decode_layers[layer_idx].load(ring, self._columns, None, room=0, capacity=None)
         for layer_idx, layer in enumerate(self._decode_layers):
             attachment.bind(layer_idx, layer)
