@@ -29,9 +29,12 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Some functions also take a barrier by its address in shared memory.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive(Mbarrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier_address(barrier))
-               : "memory");
+  mbarrier_arrive_at(mbarrier_address(barrier));
 }
 
 // Arrives, and the phase now also waits for so many bytes of asynchronous copies.
@@ -42,7 +45,7 @@ __device__ __forceinline__ void mbarrier_expect_bytes(Mbarrier* barrier, uint32_
       : "memory");
 }
 
-__device__ __forceinline__ bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n"
@@ -51,20 +54,28 @@ __device__ __forceinline__ bool mbarrier_try_wait(Mbarrier* barrier, uint32_t pa
       "selp.u32 %0, 1, 0, p;\n"
       "}\n"
       : "=r"(done)
-      : "r"(mbarrier_address(barrier)), "r"(parity)
+      : "r"(barrier), "r"(parity)
       : "memory");
   return done != 0;
 }
 
 // Until the phase of this parity has ended; what came before its arrivals is then visible.
-__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait_at(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
+}
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  mbarrier_wait_at(mbarrier_address(barrier), parity);
 }
 
 // __syncthreads of the first `threads` threads that come here, barrier `id` from 1 to 15.
 __device__ __forceinline__ void partial_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts as one of those threads without waiting for the others.
+__device__ __forceinline__ void partial_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace kvc

@@ -104,15 +104,23 @@ __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// What L2 does with the lines of a load; the values are those that createpolicy makes of a whole
+// range.
+enum class CacheHint : uint64_t {
+  kNormal = 0x1000000000000000,
+  kOnce = 0x12f0000000000000,  // evict first
+};
+
 // One box from element `column` of row `row` of head (h, b); its bytes arrive at the barrier.
 __device__ __forceinline__ void tma_load_rows(void* shared, const CUtensorMap* map,
-                                              Mbarrier* barrier, int column, int row, int h,
-                                              int b) {
+                                              Mbarrier* barrier, int column, int row, int h, int b,
+                                              CacheHint hint) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4, %5, %6}], [%2];" ::"r"(to),
-      "l"(map), "r"(mbarrier_address(barrier)), "r"(column), "r"(row), "r"(h), "r"(b)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(mbarrier_address(barrier)), "r"(column), "r"(row), "r"(h), "r"(b),
+      "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
 

@@ -23,10 +23,9 @@ constexpr int kWarpgroup = 128;  // threads
 
 // Descriptor of a slab from its 1024-byte boundary on; add wgmma_step per 16 elements within a
 // slab.
-__device__ __forceinline__ uint64_t wgmma_slab(const void* shared) {
+__device__ __forceinline__ uint64_t wgmma_slab_at(uint32_t shared) {
   constexpr uint64_t kEightRows = 8 * kSlabRowBytes >> 4, kSwizzle128 = uint64_t{1} << 62;
-  const auto address = static_cast<uint64_t>(__cvta_generic_to_shared(shared));
-  return ((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128;
+  return ((shared & 0x3ffff) >> 4) | uint64_t{1} << 16 | kEightRows << 32 | kSwizzle128;
 }
 constexpr uint64_t kWgmmaStep = 16 * 2 >> 4;
 
@@ -35,6 +34,16 @@ __device__ __forceinline__ void wgmma_fence() {
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Registers a thread from here on, for the four warps of a warpgroup together; raising waits until
+// others have given up as many.
+template <int kCount>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 // Until all but the newest kPending groups are done.
 template <int kPending>

@@ -9,7 +9,8 @@
 // seq_len - 1)]; a row before seq_start[b] is padding and does not count. Columns before
 // seq_start[b] are -inf, columns from num_scored on are +inf. P is never written: pass 1 leaves
 // (max, 1 / sum) of each row, pass 2 computes the logits again and adds up columns, pass 3 reduces
-// the group, pools and fills. With the log-sum-exp given pass 1 falls away.
+// the group, pools and fills (on Hopper pass 2 does, where nothing is left to reduce). With the
+// log-sum-exp given pass 1 falls away.
 //
 // Inside, logits live in base 2: x = <q, k> * softmax_scale * log2(e), P = exp2(x - max) / sum.
 // Every sum runs in an order that sizes alone decide, so every run gives the same bits. NaN goes

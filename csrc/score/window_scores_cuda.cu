@@ -13,6 +13,7 @@
 #include "device/launch.cuh"
 #include "device/limits.cuh"
 #include "score/attention_rows.cuh"
+#include "score/pooled.cuh"
 #include "score/window_scores_sm90a.h"
 
 namespace kvc {
@@ -221,18 +222,6 @@ constexpr int kColumnThreads = 256;
 constexpr int kColumns = 2 * kColumnThreads;  // of a block
 constexpr int kMaxHalo = 128;                 // columns on either side that a pool may reach for
 
-// Columns [first, last) of votes, or of a copy of them in shared memory.
-template <typename Index, typename VoteAt>
-__device__ __forceinline__ float pooled(const WindowScoresParams& p, Index first, Index last,
-                                        VoteAt&& vote_at) {
-  float all = p.pool == Pool::kMax ? -kInf : 0.0f;
-  for (Index i = first; i < last; ++i) {
-    const float vote = vote_at(i);
-    all = p.pool == Pool::kMax ? nan_max(all, vote) : all + vote;
-  }
-  return p.pool == Pool::kAvg ? all / static_cast<float>(p.kernel_size) : all;
-}
-
 __global__ void __launch_bounds__(kColumnThreads)
     write_scores_kernel(const __grid_constant__ WindowScoresParams p, int blocks_per_row,
                         int planes) {
@@ -266,9 +255,10 @@ __global__ void __launch_bounds__(kColumnThreads)
       const int64_t first = max(j - half, start), last = min(j + half + 1, p.num_scored);
       const float one =
           half > kMaxHalo
-              ? pooled(p, first, last, [&](int64_t i) { return joined(p, votes + i, planes); })
-              : pooled(p, static_cast<int>(first - j0 + half), static_cast<int>(last - j0 + half),
-                       [&](int i) { return line[i]; });
+              ? pooled(p.pool, p.kernel_size, first, last,
+                       [&](int64_t i) { return joined(p, votes + i, planes); })
+              : pooled(p.pool, p.kernel_size, static_cast<int>(first - j0 + half),
+                       static_cast<int>(last - j0 + half), [&](int i) { return line[i]; });
       scores[c] = g == 0                                ? one
                   : p.group_reduce == GroupReduce::kMax ? nan_max(scores[c], one)
                                                         : scores[c] + one;
@@ -307,6 +297,7 @@ void launch(const WindowScoresParams& p, cudaStream_t stream) {
   const bool wgmma = use_wgmma(p);
   if (wgmma) {
     window_votes_sm90a(p, stream);
+    if (window_scores_pools_sm90a(p)) return;
   } else if (p.num_scored > 0) {
     row_statistics_cuda(p, stream, kOp);
     visit_head_dim<T>(p.head_dim, [&](auto tile) { launch_votes<decltype(tile)>(p, stream); });

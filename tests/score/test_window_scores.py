@@ -188,6 +188,25 @@ def test_paths_agree(dtype, num_q_heads, num_kv_heads, window, seq_len, head_dim
         check(q, keys, window_reduce="max")
 
 
+@pytest.mark.parametrize("seq_len", [45, 1100, 5000])
+@pytest.mark.parametrize("kernel_size", [1, 5, 65, 67, 301])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pool_across_blocks(seq_len, kernel_size, batch, device):
+    """Scores near the border of two blocks, and rows with fewer keys than a pool, a tile or the blocks of a row take."""
+    q, k = make(batch, 8, 2, 16, seq_len, 64, torch.bfloat16, device)
+    lse = reference.log_sum_exp(q, k)
+    starts = [0, seq_len // 3 + 1, seq_len - 17, seq_len - 20, seq_len - 40]
+    for first in starts[: 5 if batch == 1 else 3]:
+        start = torch.tensor([first, 0, starts[1]][:batch], dtype=torch.int32, device=device)
+        check(q, k, seq_start=start, pool="avg", kernel_size=kernel_size)
+        check(q, k, seq_start=start, pool="max", kernel_size=kernel_size, group_reduce="none", num_scored=seq_len)
+    check(q, k, lse=lse, pool="avg", kernel_size=kernel_size, num_scored=seq_len * 2 // 3)
+    flat = kvcompress.window_scores(q, k[:, :, :1].expand_as(k), pool="max", kernel_size=kernel_size)[
+        ..., : seq_len - 16
+    ]
+    assert torch.equal(flat, flat[..., :1].expand_as(flat))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_logits_that_grow(head_dim, device):
     """Each stretch of keys outweighs all before it: a running reference has to move, and 2^64 apart in one step."""
