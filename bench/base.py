@@ -82,9 +82,9 @@ class Worker:
             sys.exit(f"bench: the process of {self.name} ended with code {self.process.wait()}")
         return json.loads(answer)
 
-    def prepare(self, case: Case) -> tuple[list[str], dict[str, str]]:
+    def prepare(self, case: Case, stage: str) -> tuple[list[str], dict[str, str]]:
         """Sets the case up over there; the names of our variants, and which fail there and why."""
-        answer = self._ask(op=case.op, label=case.label, method=self._method)
+        answer = self._ask(stage=stage, op=case.op, label=case.label, method=self._method)
         return answer["names"], answer["failed"]
 
     def time(self, name: str) -> float:
@@ -94,11 +94,13 @@ class Worker:
 
 def serve(device: torch.device, *, quick: bool, warm: bool, sweep: bool) -> None:
     """The worker's side."""
-    from bench.run import stage_cases, stages
+    from bench import peers
+    from bench.run import stage_cases
 
     answers = os.fdopen(os.dup(1), "w")  # what others print must not be taken for an answer
     os.dup2(2, 1)
-    cases: dict[tuple[str, str], Case] = {}
+    peers.left_out = [""]  # all of them: ours alone are measured here
+    cases: dict[str, dict[tuple[str, str], Case]] = {}
     runner = None
     for line in sys.stdin:
         question = json.loads(line)
@@ -107,11 +109,11 @@ def serve(device: torch.device, *, quick: bool, warm: bool, sweep: bool) -> None
             answer: dict[str, object] = {"seconds": runner.time(question["time"])}
         else:
             runner = None  # frees the inputs of the case before
-            if not cases:
-                for stage in stages():
-                    for case in stage_cases(stage, device, quick=quick, method=question["method"], sweep=sweep):
-                        cases[case.op, case.label] = case
-            case = cases[question["op"], question["label"]]
+            stage = question["stage"]
+            if stage not in cases:
+                own = stage_cases(stage, device, quick=quick, method=question["method"], sweep=sweep)
+                cases[stage] = {(case.op, case.label): case for case in own}
+            case = cases[stage][question["op"], question["label"]]
             case.variants = {name: run for name, run in case.variants.items() if name.startswith("kvcompress")}
             runner = Runner(warmed(case) if warm else case, device, warm=warm)
             answer = {"names": runner.names(), "failed": runner.failed}

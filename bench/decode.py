@@ -120,6 +120,7 @@ def steps(args):
         "morphkv": (create("morphkv", budget=budget), prompt),
         "h2o": (create("h2o", budget=budget, decode=True), prompt),
         "tova": (create("tova", budget=budget, decode=True), prompt),
+        "adakv, then morphkv": (create("prefill_decode", budget=budget, prefill="adakv", decode="morphkv"), prompt),
     }
     with attach(model):
         for name, (method, length) in ours.items():

@@ -254,8 +254,21 @@ def decode_table(figures: dict) -> str:
     for row in figures["rows"]:
         kernels = f"{row['kernels']:,}" if row.get("kernels") else ""
         lines.append(f"| {row['cache']} | {row['ms']:.2f} | {row['ratio_to_dense']:.3f} | {kernels} |")
-    lines += [f"\n{peer}: {why}." for peer, why in figures.get("absent", {}).items()]
     lines.append(f"\n{figures['device']}, torch {figures['torch']}, transformers {figures['transformers']}.")
+    return "\n".join(lines) + "\n"
+
+
+def launched_table(figures: dict) -> str:
+    """Steps that are launched one by one: ms a token on the mean, and of the median step."""
+    lines = ["| cache | entries | ms a token | median step | transformers |", "| --- | --- | --- | --- | --- |"]
+    for row in figures["rows"]:
+        lines.append(
+            f"| {row['cache']} | {row['entries']:,} | {row['ms']:.1f} | {row['median_ms']:.1f} | {row['transformers']} |"
+        )
+    lines += [f"\n{peer}: {why}." for peer, why in figures.get("absent", {}).items()]
+    lines.append(
+        f"\n{figures['device']}, torch {figures['torch']}, {figures['layers']} layers, a budget of {figures['budget']:,}."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -263,7 +276,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
 
 
-TABLES = {"core": table, "long": long_table, "decode": decode_table}
+TABLES = {"core": table, "long": long_table, "decode": decode_table, "launched": launched_table}
 MARK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 

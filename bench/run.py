@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench
 import kvcompress
-from bench import base, report
+from bench import base, peers, report
 from bench.ceilings import ceilings, device_name
 from bench.harness import Case, Runner, chosen, summary, warmed
 
@@ -122,13 +122,15 @@ def red_tests(cases: Sequence[Case], device: torch.device) -> list[str]:
 # --- measuring
 
 
-def measured(case: Case, device: torch.device, args: argparse.Namespace, others: Sequence[base.Worker]) -> dict:
+def measured(
+    case: Case, stage: str, device: torch.device, args: argparse.Namespace, others: Sequence[base.Worker]
+) -> dict:
     """All variants of a case, interleaved round by round, those of other processes among them."""
     runner = Runner(case, device, warm=args.warm, without=args.without)
     turns: dict[str, Callable[[], float]] = {name: partial(runner.time, name) for name in runner.names()}
     failed = dict(runner.failed)
     for other in others:
-        names, why = other.prepare(case)
+        names, why = other.prepare(case, stage)
         turns |= {f"{other.name}: {name}": partial(other.time, name) for name in names}
         failed |= {f"{other.name}: {name}": reason for name, reason in why.items()}
     samples: dict[str, list[float]] = {name: [] for name in turns}
@@ -202,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.plot or args.save) and importlib.util.find_spec("matplotlib") is None:
         sys.exit("bench: plots need matplotlib: pip install 'kvcompress[plots]'")
     device = torch.device(args.device)
+    peers.left_out = args.without
     names = args.stage or (["methods"] if args.method else [name for name in stages() if name != "methods"])
     wanted = []
     for stage in names:
@@ -235,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             missing.append({"op": case.op, "case": case.label, "variant": "any", "why": f"--limit {args.limit:.0f} s"})
             continue
         try:
-            result = measured(case, device, args, others)
+            result = measured(case, stage, device, args, others)
         except (
             RuntimeError
         ) as error:  # out of memory, or a kernel that failed: what was measured so far is still written

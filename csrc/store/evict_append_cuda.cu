@@ -6,6 +6,8 @@
 // what belongs to it, so no block waits for another. From sm_90 on the launch overlaps the end of
 // the kernel before it, and lets the one behind it start early (programmatic dependent launch).
 // Victims by history: evict_by_history_cuda.cu.
+#include <algorithm>
+
 #include "device/limits.cuh"
 #include "store/evict_append.cuh"
 
@@ -15,7 +17,7 @@ namespace {
 using evict::Unit;
 
 constexpr int kUnroll = 4;         // entries a thread has under way
-constexpr int kFewEntries = 2048;  // up to here a small block
+constexpr int kFewEntries = 2048;  // scores of a unit up to which its block is small
 constexpr int kSmallBlock = 256, kLargeBlock = 1024;
 
 template <int kThreads>
@@ -33,6 +35,7 @@ __device__ __forceinline__ int32_t pick_victim(const EvictAppendParams& p, const
       position[i] = unit.positions[slot];
       score[i] = scores != nullptr ? scores[slot] : 0.0f;
     }
+#pragma unroll 4  // so many heads' loads are under way
     for (int h = 1; h < heads; ++h) {
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
@@ -101,7 +104,8 @@ void evict_append_cuda(const EvictAppendParams& params, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   evict::visit_sinks(params, [&](auto rotated) {
     using Rotated = typename decltype(rotated)::type;
-    if (params.capacity <= kFewEntries) return launch<Rotated, kSmallBlock>(params, on);
+    const int64_t read = params.capacity * std::max(params.scores.heads_a_unit, 1);
+    if (read <= kFewEntries) return launch<Rotated, kSmallBlock>(params, on);
     launch<Rotated, kLargeBlock>(params, on);
   });
 }

@@ -17,8 +17,9 @@ using evict::Unit;
 
 constexpr int kThreads = history::kThreads;
 
-// The keys of the blocks of a cluster, and the smallest in all of their threads. They have met at a
-// cluster barrier when it returns.
+// The keys of the blocks of a cluster, and the smallest in all of their threads. Their next cluster
+// barrier is under way when it returns: cluster_wait before anything else that is shared, or the
+// end.
 template <int kBlocks>
 __device__ __forceinline__ EvictKey cluster_min(EvictKey key) {
   __shared__ EvictKey of_block;
@@ -34,7 +35,6 @@ __device__ __forceinline__ EvictKey cluster_min(EvictKey key) {
                          static_cast<uint64_t>(second.y) << 32 | second.x};
     key = evict::warp_min<kBlocks>(other);
     cluster_arrive_relaxed<kBlocks>();
-    cluster_wait<kBlocks>();
   }
   return key;
 }
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     cluster_sync<kBlocks>();  // all have read the counters before the first block writes them
   }
+  bool is_met = true;
   for (int t = 0; t < n; ++t) {
     int slot = length;
     if (length < unit.limit) {
@@ -125,12 +126,15 @@ __global__ void __launch_bounds__(kThreads)
       if (n > 1 || p.history.heads_a_unit > 1) {
         best = smallest(p, unit, own, unit.seen + t, slots, t);
       }
+      if (!is_met) cluster_wait<kBlocks>();
       slot = evict::slot_of(cluster_min<kBlocks>(best));
+      is_met = false;
     }
     if (threadIdx.x == 0) slots[t] = slot;
     __syncthreads();
   }
   if (block == 0) evict::write_entries<Rotated, kThreads>(p, unit, slots, length);
+  if (!is_met) cluster_wait<kBlocks>();  // no block leaves while another reads of it
 }
 
 template <typename Rotated, int kBlocks>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from kvcompress.cache import DenseStore
 from kvcompress.decode import decode_attention
 from kvcompress.evict import evict_append_
+from kvcompress.observed import observed_decode_attention_
 from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 from kvcompress.rotary import SinkRotation
 from kvcompress.select import TopK, TopKRecent
 from kvcompress.statistic import FixedStatistic
@@ -34,6 +37,7 @@ class Turnover:
             a prompt was cut by another method than goes on, those of them that it did not keep are not replaced by older ones.
         statistic: what entries are ranked by; None: the oldest leaves.
         rotates: sinks that move up to stand before the window (StreamingLLM), else 0.
+        is_ragged: heads hold different numbers of entries, each its own for ever (see `kvcompress.fixed_ragged`).
     """
 
     evicts: bool = False
@@ -42,6 +46,7 @@ class Turnover:
     recent: int | float = 0
     statistic: FixedStatistic | None = None
     rotates: int = 0
+    is_ragged: bool = False
 
     @classmethod
     def of(cls, stages: Stages) -> Turnover:
@@ -51,10 +56,8 @@ class Turnover:
             ValueError: evictions that one overwritten slot a token cannot make; the sentence says why.
         """
         when, select = stages.when, stages.reselect or stages.select
-        if stages.is_ragged:
-            raise ValueError("FixedStore: heads must keep equal numbers of entries, got a method that splits them")
         if not isinstance(when, EveryStep):
-            return cls()
+            return cls(is_ragged=stages.is_ragged)
         if when.every > 1 or when.growth > 1 or when.keep is not None or when.lazy:
             raise ValueError(
                 "FixedStore: evictions must be one entry a token, to a budget that stays; got bursts, a growing budget or a "
@@ -72,9 +75,11 @@ class Turnover:
             raise ValueError(f"FixedStore: select must be TopK or TopKRecent, got {type(select).__name__}")
         if stages.decode is not None:
             stages.decode.check_fixed()
+            if stages.is_ragged:
+                stages.decode.check_ragged(recent)
         rotates = stages.attend.sink if isinstance(stages.attend, SinkRotation) else 0
         on_top = 0 if when.before_attention and when.counts_new else 1
-        return cls(True, on_top, sink, recent, stages.decode, rotates)
+        return cls(True, on_top, sink, recent, stages.decode, rotates, stages.is_ragged)
 
     def window(self, targets: Sequence[int]) -> int:
         """Newest tokens that do not leave."""
@@ -120,7 +125,7 @@ class FixedStore:
         self.sink_keys: Tensor | None = None
         self._dropped: Tensor | None = None  # entries that the prompt lost; None: nothing is loaded
 
-    def load(self, store: DenseStore, *, room: int, capacity: int | None = None) -> None:
+    def load(self, store: DenseStore | RaggedStore, *, room: int, capacity: int | None = None) -> None:
         """Takes over a compressed prompt. Buffers of the same sizes are used again, at the same addresses.
 
         Args:
@@ -131,6 +136,7 @@ class FixedStore:
         Raises:
             ValueError: fewer slots than needed.
         """
+        assert isinstance(store, DenseStore), "heads of different counts are those of a RaggedFixedStore"
         rule = self.turnover
         batch, heads, _, head_dim = store.keys.shape
         targets = store.lengths if store.targets is None else store.targets
@@ -198,6 +204,20 @@ class FixedStore:
         """Bytes of all buffers: what the allocator holds for this layer."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def head_lengths(self) -> list[list[int]]:
+        """Entries of each row and head; waits for the device."""
+        return self.lengths.expand(-1, self.heads).tolist()
+
+    @property
+    def row_seen(self) -> list[int]:
+        """Tokens that each row has seen; waits for the device."""
+        return self.seen[:, 0].tolist()
+
     def step(
         self, query: Tensor, keys: Tensor, values: Tensor, *, softmax_scale: float, inv_freq: Tensor | None = None
     ) -> Tensor:
@@ -208,7 +228,7 @@ class FixedStore:
             keys, values: ``[batch, num_kv_heads, n, head_dim]``.
             inv_freq: ``[rotary_dim / 2]`` float32, the model's frequencies, where sinks move (StreamingLLM).
         """
-        repeats = self.keys.shape[1] // keys.shape[1]
+        repeats = self.heads // keys.shape[1]
         if repeats > 1:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         parts = []
@@ -242,6 +262,11 @@ class FixedStore:
         if statistic is not None:
             return statistic.attend_fixed(self, query, softmax_scale=softmax_scale)
         return decode_attention(query, self.keys, self.values, lengths=self.lengths, softmax_scale=softmax_scale)[0]
+
+    def observe(self, query: Tensor, *, softmax_scale: float, **watched: Any) -> Tensor:
+        """Attention of the tokens just stored, and what `observed_decode_attention_` keeps of it in `watched`."""
+        options: dict[str, Any] = {"lengths": self.lengths, "softmax_scale": softmax_scale, **watched}
+        return observed_decode_attention_(query, self.keys, self.values, **options)[0]
 
     # --- what a model loop asks
 

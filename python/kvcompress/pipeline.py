@@ -17,7 +17,7 @@ from kvcompress.layer import LayerState
 from kvcompress.lookahead import Lookahead
 from kvcompress.ragged import RaggedStore
 from kvcompress.select import topk_ragged
-from kvcompress.statistic import Statistic
+from kvcompress.statistic import FixedStatistic, Statistic
 from kvcompress.when import EveryStep, Prefill, When
 
 __all__ = ["Pipeline", "Stages", "is_mass"]
@@ -113,10 +113,15 @@ class Stages:
                 f"Stages: heads must be None for a budget that counts for each head itself, got {type(self.heads).__name__} "
                 f"with {type(self.budget).__name__}"
             )
-        if self.is_ragged and isinstance(self.when, EveryStep):
+        if self.is_ragged and isinstance(self.when, EveryStep) and not isinstance(self.decode, FixedStatistic):
             raise ValueError(
-                "Stages: when must be Prefill for heads of different counts, which no eviction at a later step keeps up, "
-                "got EveryStep"
+                "Stages: when must be Prefill for heads of different counts, which no eviction at a later step keeps up without a "
+                "statistic that knows slots in no order, got EveryStep"
+            )
+        if self.is_ragged and self.decode is not None and self.budget.deferred:
+            raise ValueError(
+                "Stages: budget must not wait for all layers where heads of different counts evict later, whose numbers do not "
+                f"move with a second cut, got {type(self.budget).__name__}"
             )
         if self.is_ragged and self.attend is not None:
             raise ValueError(
@@ -276,7 +281,7 @@ class Pipeline:
         final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
         store, held = self._cut(layer, scores, bounds[layer.index], store, final=final)
         if self.stages.decode is not None:
-            assert isinstance(store, DenseStore), "heads of different counts never evict later"
+            assert isinstance(store, (DenseStore, RaggedStore))
             self.stages.decode.start(
                 layer, store, lambda stage: scores() if stage == self.stages.score else stage(layer)
             )
@@ -456,7 +461,7 @@ class Pipeline:
         """Attention of the tokens just stored; of row b the last ``real[b]`` of them (None: all)."""
         if self.stages.decode is None:
             return store.attend(query, softmax_scale=softmax_scale)
-        assert isinstance(store, DenseStore), "heads of different counts never evict later"
+        assert isinstance(store, DenseStore), "heads of different counts evict later in fixed stores only"
         return self.stages.decode.attend(store, query, softmax_scale=softmax_scale, real=real)
 
     def evict(self, store: Store) -> None:

@@ -38,6 +38,8 @@ class RaggedStore:
         seen: real tokens that each row has been given.
         targets: the budget of each row: mean entries a head; None: no budget.
         extra: further tensors ``[batch, ...]`` that some stage keeps beside the entries.
+        beside: numbers of each entry as the cut left them, ``[batch, heads, max_length, ...]`` float32, for the fixed store that
+            takes the entries over; they do not move with them.
     """
 
     kind: ClassVar[str] = "ragged"
@@ -65,6 +67,7 @@ class RaggedStore:
         self.targets = None if targets is None else list(targets)
         self.reserve = reserve
         self.extra: dict[str, Tensor] = {}
+        self.beside: dict[str, Tensor] = {}
         room = reserve if room is None else room
         self._locate(counts, total, room, _starts(counts, room))
 
@@ -191,8 +194,12 @@ class RaggedStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, room included: what the allocator holds for this layer."""
-        held = [*self.tensors.values(), *self.extra.values(), self._row_start, self._counters]
+        held = [*self.tensors.values(), *self.extra.values(), *self.beside.values(), self._row_start, self._counters]
         return sum(t.untyped_storage().nbytes() for t in held)
+
+    def put_beside(self, name: str, tensor: Tensor, *, fill: float) -> None:
+        """Keeps numbers ``[batch, heads, max_length, ...]`` float32 of the entries as they are now."""
+        self.beside[name] = tensor
 
     def view(self) -> tuple[Tensor, Tensor]:
         """The packed buffers ``[total, head_dim]``, room included, not copied."""

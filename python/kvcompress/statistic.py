@@ -18,7 +18,7 @@ from kvcompress.cache import DenseStore
 from kvcompress.decode import decode_attention
 from kvcompress.evict import history_scores
 from kvcompress.layer import LayerState
-from kvcompress.observed import observed_decode_attention_
+from kvcompress.ragged import RaggedStore
 from kvcompress.score import ReceivedAttention
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ class Statistic(Protocol):
     @property
     def queries(self) -> int: ...
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
-        """At the end of the prefill: the first numbers of what `store` keeps of `layer`."""
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
+        """At the end of the prefill: the first numbers of what `store` keeps of `layer`.
+
+        A ragged store comes only where later evictions are those of a fixed store.
+        """
         ...
 
     def attend(
@@ -70,6 +73,10 @@ class FixedStatistic(Protocol):
 
     def check_fixed(self) -> None:
         """Raises ValueError for parameters that a fixed store cannot follow."""
+        ...
+
+    def check_ragged(self, window: int | float) -> None:
+        """Raises ValueError where heads of different counts cannot be followed; `window` is how many of the newest stay."""
         ...
 
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
@@ -139,10 +146,16 @@ def attend_and_observe(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def kept_of(full: Tensor, layer: LayerState, store: DenseStore, fill: float) -> Tensor:
-    """What a store keeps of numbers ``[batch, heads, seq_len]`` of a prompt: ``[batch, heads, capacity]``."""
+def kept_of(full: Tensor, layer: LayerState, store: DenseStore | RaggedStore, fill: float) -> Tensor:
+    """What a store keeps of numbers ``[batch, heads, seq_len, ...]`` of a prompt: ``[batch, heads, slots, ...]``."""
     start = torch.tensor([layer.seq_len - n for n in layer.lengths], device=full.device)[:, None, None]
-    return held(full.gather(2, (store.positions.long() + start).clamp(0, layer.seq_len - 1)), store, fill)
+    positions = store.padded_positions() if isinstance(store, RaggedStore) else store.positions
+    column = (positions.long() + start).clamp(0, layer.seq_len - 1)
+    column = column.view(*column.shape, *[1] * (full.dim() - 3)).expand(*column.shape, *full.shape[3:])
+    kept = full.gather(2, column)
+    if isinstance(store, DenseStore):
+        return held(kept, store, fill)
+    return kept.masked_fill((positions < 0).view(*positions.shape, *[1] * (full.dim() - 3)), fill)
 
 
 def held(t: Tensor, store: DenseStore, fill: float) -> Tensor:
@@ -152,9 +165,9 @@ def held(t: Tensor, store: DenseStore, fill: float) -> Tensor:
     return t.masked_fill(behind.view(*behind.shape, *[1] * (t.dim() - 3)), fill)
 
 
-def by_kv_head(t: Tensor, store: DenseStore) -> Tensor:
+def by_kv_head(t: Tensor, store: DenseStore | RaggedStore) -> Tensor:
     """``[batch, num_q_heads, ...]`` as ``[batch, stored heads, q_per_kv, ...]``."""
-    return t.unflatten(1, (store.keys.shape[1], -1))
+    return t.unflatten(1, (store.heads if isinstance(store, RaggedStore) else store.keys.shape[1], -1))
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,7 @@ class Sums:
     def queries(self) -> int:
         return self.first.queries
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
         store.put_beside("sums", kept_of(scores(self.first), layer, store, 0.0), fill=0.0)
 
     def attend(
@@ -218,20 +231,15 @@ class Sums:
                 "Sums: per_viewer must be False in a fixed store, which ranks by the sums themselves, got True"
             )
 
+    def check_ragged(self, window: int | float) -> None:
+        """Nothing is refused."""
+
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         return {"scores": store.beside["sums"]}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
-        return observed_decode_attention_(
-            query,
-            store.keys,
-            store.values,
-            lengths=store.lengths,
-            sums=store.beside["sums"],
-            softmax_scale=softmax_scale,
-            decay=self.decay,
-            group_reduce=self.group_reduce,
-        )[0]
+        watched = {"sums": store.beside["sums"], "decay": self.decay, "group_reduce": self.group_reduce}
+        return store.observe(query, softmax_scale=softmax_scale, **watched)
 
     def __str__(self) -> str:
         return "attention received so far"
@@ -253,7 +261,7 @@ class Latest:
     def queries(self) -> int:
         return self.first.queries
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
         store.put_beside("latest", kept_of(scores(self.first), layer, store, 0.0), fill=0.0)
 
     def attend(
@@ -279,20 +287,17 @@ class Latest:
     def check_fixed(self) -> None:
         """Nothing is refused."""
 
+    def check_ragged(self, window: int | float) -> None:
+        if self.shared:
+            raise ValueError(
+                "Latest: shared must be False for heads of different counts, which drop entries of their own, got True"
+            )
+
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         return {"scores": store.beside["latest"]}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
-        return observed_decode_attention_(
-            query,
-            store.keys,
-            store.values,
-            lengths=store.lengths,
-            sums=store.beside["latest"],
-            softmax_scale=softmax_scale,
-            decay=0.0,
-            group_reduce="mean",
-        )[0]
+        return store.observe(query, softmax_scale=softmax_scale, sums=store.beside["latest"], decay=0.0)
 
     def __str__(self) -> str:
         return "attention of the newest token"
@@ -326,14 +331,21 @@ class History:
     def queries(self) -> int:
         return self.window
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
+        query = layer.window(self.window)
+        length = torch.tensor(layer.lengths, device=query.device)[:, None]
+        position = length - query.shape[2] + torch.arange(query.shape[2], device=query.device)
+        summed = by_kv_head(query.float() * layer.softmax_scale, store).sum(2)
+        if isinstance(store, RaggedStore):
+            keys = layer.keys.repeat_interleave(store.heads // layer.keys.shape[1], 1)
+            rows = summed @ kept_of(keys, layer, store, 0.0).float().mT
+            rows = rows.masked_fill((store.padded_positions() < 0)[:, :, None], -torch.inf)
+            history = rows.new_full((*rows.shape[:2], rows.shape[3], self.window), -torch.inf)
+            store.put_beside("history", self._with_rows(history, rows, position), fill=-torch.inf)
+            return
         keys = store.keys
         history = torch.full((*keys.shape[:3], self.window), -torch.inf, dtype=torch.float32, device=keys.device)
         store.put_beside("history", history, fill=-torch.inf)
-        query = layer.window(self.window)
-        length = torch.tensor(layer.lengths, device=keys.device)[:, None]
-        position = length - query.shape[2] + torch.arange(query.shape[2], device=keys.device)
-        summed = by_kv_head(query.float() * layer.softmax_scale, store).sum(2)
         self._write(store, summed @ keys[:, :, : store.max_length].float().mT, position)
 
     def _write(self, store: DenseStore, rows: Tensor, position: Tensor) -> None:
@@ -341,9 +353,13 @@ class History:
         history = store.beside["history"][:, :, : store.max_length]
         slot = torch.arange(store.max_length, device=rows.device)
         rows = rows.masked_fill((slot >= store.device_lengths[:, None])[:, None, None], -torch.inf)
+        self._with_rows(history, rows, position)
+
+    def _with_rows(self, history: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+        """`history`, with its ring's columns of these positions written in place."""
         column = (position % self.window)[:, None, None].expand(-1, *history.shape[1:3], -1)
         is_token = (position >= 0)[:, None, None]
-        history.scatter_(3, column, torch.where(is_token, rows.mT, history.gather(3, column)))
+        return history.scatter_(3, column, torch.where(is_token, rows.mT, history.gather(3, column)))
 
     def attend(
         self, store: DenseStore, query: Tensor, *, softmax_scale: float, real: Sequence[int] | None = None
@@ -368,6 +384,12 @@ class History:
     def check_fixed(self) -> None:
         """Nothing is refused."""
 
+    def check_ragged(self, window: int | float) -> None:
+        if window != self.window:
+            raise ValueError(
+                f"History: window must be the selection's, {window} newest entries, for heads of different counts, got {self.window}"
+            )
+
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         history = store.beside["history"]
         if store.window == self.window:
@@ -376,16 +398,8 @@ class History:
         return {"scores": scores, "history": history}
 
     def attend_fixed(self, store: FixedStore, query: Tensor, *, softmax_scale: float) -> Tensor:
-        return observed_decode_attention_(
-            query,
-            store.keys,
-            store.values,
-            lengths=store.lengths,
-            history=store.beside["history"],
-            seen=store.seen,
-            softmax_scale=softmax_scale,
-            group_reduce="sum",
-        )[0]
+        watched = {"history": store.beside["history"], "seen": store.seen, "group_reduce": "sum"}
+        return store.observe(query, softmax_scale=softmax_scale, **watched)
 
     def __str__(self) -> str:
         return f"attention of the last {self.window} tokens"
@@ -412,7 +426,7 @@ class Rescored:
     def queries(self) -> int:
         return int(self.score.queries)
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
         if self.queries == 0:
             return
         query = layer.window(self.queries)

@@ -13,6 +13,10 @@ from tests.models.common import cache_of, generate, padded, prompt
 
 BUDGET = 30
 SNAPKV = create("snapkv", budget=BUDGET, window=8, kernel_size=3)
+ADAKV = create("adakv", budget=BUDGET, inner=SNAPKV)
+ADAKV_MORPHKV = create(
+    "prefill_decode", budget=BUDGET, prefill=ADAKV, decode=create("morphkv", budget=BUDGET, window=8)
+)
 METHODS = {
     "full": None,
     "snapkv": SNAPKV,
@@ -22,6 +26,8 @@ METHODS = {
     "streaming_llm": create("streaming_llm", budget=BUDGET),
     "sliding_window": create("sliding_window", budget=BUDGET),
     "squeeze": create("squeeze_attention", budget=BUDGET, inner=SNAPKV, p=0.5),
+    "adakv": ADAKV,
+    "lava": create("lava", budget=BUDGET, window=8, kernel_size=3),
     "snapkv_morphkv": create(
         "prefill_decode", budget=BUDGET, prefill=SNAPKV, decode=create("morphkv", budget=BUDGET, window=8)
     ),
@@ -99,10 +105,10 @@ def test_drafts(llama):
         )
 
 
-@pytest.mark.parametrize("name", ["h2o", "tova", "morphkv", "streaming_llm", "sliding_window"])
+@pytest.mark.parametrize("name", ["h2o", "tova", "morphkv", "streaming_llm", "sliding_window", "adakv_morphkv"])
 def test_a_long_stream_stays_in_its_buffers(llama, name):
     """300 tokens, ten times the budget: the same buffers, the same bytes, finite answers, the newest token among the entries."""
-    cache = FixedCache(llama.config, METHODS[name])
+    cache = FixedCache(llama.config, (METHODS | {"adakv_morphkv": ADAKV_MORPHKV})[name])
     with attach(llama), torch.no_grad():
         logits = llama(prompt(llama, 50), past_key_values=cache).logits[:, -1:]
         before = [t.data_ptr() for layer in cache.layers for t in layer.store.tensors]
@@ -115,6 +121,10 @@ def test_a_long_stream_stays_in_its_buffers(llama, name):
     assert cache.stats().logical_tokens == 350
     for layer in range(len(cache.layers)):
         assert (cache.positions(layer).amax(-1) == 349).all()
+    if name == "adakv_morphkv":
+        heads = [layer.head_entries[0] for layer in cache.stats().layers]
+        assert all(sum(row) == 2 * (BUDGET + 1) for row in heads)
+        assert any(len(set(row)) > 1 for row in heads)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "morphkv"])
@@ -186,6 +196,8 @@ def test_a_step_compiles_once_for_all_prompts(llama, name):
 def test_what_it_cannot_do_is_refused(llama, hybrid):
     with pytest.raises(ValueError, match="one entry a token"):
         FixedCache(llama.config, create("tova", budget=BUDGET, decode=True, every=2))
+    with pytest.raises(ValueError, match="evict while decoding in a FixedCache only"):
+        cache_of(llama, ADAKV_MORPHKV)
     with pytest.raises(NotImplementedError, match="drafts before it cuts"):
         FixedCache(llama.config, create("laq", budget=64))
     chunks = copy.deepcopy(hybrid.config)
@@ -211,6 +223,11 @@ def test_tokens_without_room_are_refused(llama):
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "morphkv", "streaming_llm"])
 def test_a_captured_step_gives_the_same_to_the_bit(llama, name):
     check_captured(llama, METHODS[name])
+
+
+@pytest.mark.parametrize("method", [ADAKV, ADAKV_MORPHKV], ids=["adakv", "adakv_morphkv"])
+def test_a_captured_ragged_step_gives_the_same_to_the_bit(llama, method):
+    check_captured(llama, method)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "morphkv"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
+from kvcompress.cache import DenseStore
 from kvcompress.fixed import FixedStore, Turnover
+from kvcompress.fixed_ragged import RaggedFixedStore
 from kvcompress.methods import create
 from tests.pipeline.test_decoding import BUDGET, DIM, METHODS, Run, tokens
 
@@ -25,11 +30,30 @@ FIXED |= {
 STEPS = 40
 
 
+ADAKV = create("adakv", budget=BUDGET, inner=FIXED["snapkv"], floor=0.1)
+
+
+def ragged(decode, **options):
+    """AdaKV's prompt, then evictions at each head's own size."""
+    decode = create(decode, budget=BUDGET, **({} if decode == "morphkv" else {"decode": True}), **options)
+    return create("prefill_decode", budget=BUDGET, prefill=ADAKV, decode=decode)
+
+
+RAGGED = {
+    "adakv": ADAKV,
+    "adakv_h2o": ragged("h2o", recent=4),
+    "adakv_tova": ragged("tova", per_kv_head=True),
+    "adakv_morphkv": ragged("morphkv", window=4),
+    "adakv_morphkv_max": ragged("morphkv", window=3, fuse="max"),
+}
+
+
 class Fixed:
     """The same tokens through a fixed store."""
 
     def __init__(self, run: Run, method, room: int = STEPS):
-        self.run, self.store = run, FixedStore(Turnover.of(method.stages()))
+        turnover = Turnover.of(method.stages())
+        self.run, self.store = run, (RaggedFixedStore if turnover.is_ragged else FixedStore)(turnover)
         self.store.load(run.store, room=room)
         self.next = run.next
 
@@ -77,7 +101,7 @@ def test_step_by_step_as_in_order(name, lengths, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", FIXED | RAGGED)
 def test_launches_of_a_step(name, monkeypatch):
     """Three a layer, however many rows the batch has: one more where OBCache looks at the values again, and two where a store
     by query heads has copies of the new rows made.
@@ -85,7 +109,8 @@ def test_launches_of_a_step(name, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # a launch a new tensor
     lengths = [60, 27]
     q, k, v = tokens(lengths, STEPS, "cuda")
-    fixed = Fixed(Run(FIXED[name], q, k, v, lengths), FIXED[name])
+    method = (FIXED | RAGGED)[name]
+    fixed = Fixed(Run(method, q, k, v, lengths), method)
     fixed.step()
     inv_freq, span = INV_FREQ.cuda(), slice(fixed.next, fixed.next + 1)
     new = [x[:, :, span] for x in (q, k, v)]
@@ -98,9 +123,53 @@ def test_launches_of_a_step(name, monkeypatch):
     assert len(launches) == 3 + more.get(name, 0), launches
 
 
-@pytest.mark.parametrize("name", ["h2o", "morphkv", "snapkv"])
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("lengths", [[60], [60, 27, 8]])
+def test_ragged_heads_are_stores_of_their_own(name, lengths, device):
+    """Every head as if it were alone in a dense fixed store of its own size; another prompt finds the same buffers."""
+    method = RAGGED[name]
+    q, k, v = tokens(lengths, STEPS, device)
+    run = Run(method, q, k, v, lengths)
+    fixed = Fixed(run, method)
+    held = run.store.padded_positions()
+    sizes = run.store.head_lengths
+    assert len({n for row in sizes for n in row}) > 1
+    singles = []
+    for row, head in itertools.product(range(len(lengths)), range(2)):
+        n = sizes[row][head]
+        at = held[row, head, :n].long() + max(lengths) - lengths[row]
+        mine = DenseStore(
+            *(x[row, head, at][None, None] for x in (k, v)), held[row, head, :n][None, None], [n], seen=[lengths[row]]
+        )
+        whole = len(set(sizes[row])) == 1 and n < BUDGET
+        mine.targets = [BUDGET if whole else n]
+        for beside, numbers in run.store.beside.items():
+            mine.put_beside(beside, numbers[row, head, :n][None, None].contiguous(), fill=0.0)
+        single = FixedStore(replace(fixed.store.turnover, is_ragged=False))
+        single.load(mine, room=STEPS)
+        singles.append((row, head, single))
+    before = [t.data_ptr() for t in fixed.store.tensors]
+    for step in range(STEPS):
+        span = slice(fixed.next, fixed.next + 1)
+        out = fixed.step()
+        for row, head, single in singles:
+            mine = slice(2 * head, 2 * head + 2)
+            new = (x[row : row + 1, head : head + 1, span] for x in (k, v))
+            alone = single.step(q[row : row + 1, mine, span], *new, softmax_scale=DIM**-0.5)
+            assert torch.allclose(out[row : row + 1, mine], alone, atol=2e-5), step
+    fixed.store.check_room()
+    positions = fixed.store.ordered_positions()
+    for row, head, single in singles:
+        own = single.ordered_positions()[0, 0]
+        ours = positions[row, head]
+        assert torch.equal(ours[ours >= 0], own[own >= 0])
+    fixed.store.load(Run(method, q, k, v, lengths).store, room=STEPS)
+    assert before == [t.data_ptr() for t in fixed.store.tensors]
+
+
+@pytest.mark.parametrize("name", ["h2o", "morphkv", "snapkv", *RAGGED])
 def test_loading_again_keeps_the_addresses(name, device):
-    method = FIXED[name]
+    method = (FIXED | RAGGED)[name]
     q, k, v = tokens([60], STEPS, device)
     fixed = Fixed(Run(method, q, k, v, [60]), method)
     first = [fixed.step() for _ in range(10)]
@@ -145,13 +214,23 @@ def test_what_cannot_be_fixed_is_refused(device):
         (create("knorm", budget=BUDGET, decode=True), "a statistic that knows slots in no order, got Rescored"),
         (create("h2o", budget=BUDGET, decode=True, per_viewer=True), "per_viewer must be False"),
         (METHODS["obcache_pooled"], "slots have no neighbours"),
-        (create("adakv", budget=BUDGET, inner=FIXED["snapkv"]), "heads must keep equal numbers"),
+        (ragged("tova"), "shared must be False for heads of different counts"),
+        (ragged("obcache", window=8), "heads must keep equal numbers of entries while decoding"),
     ):
         with pytest.raises(ValueError, match=why):
             Turnover.of(method.stages())
     share = create("h2o", budget=0.5, decode=True)
     with pytest.raises(ValueError, match="recent must be a count"):
         FixedStore(Turnover.of(share.stages())).load(Run(share, q, k, v, [60, 30]).store, room=1)
+    later = ragged("h2o", recent=4).stages()
+    with pytest.raises(ValueError, match="budget must not wait for all layers"):
+        replace(create("lava", budget=BUDGET, window=5).stages(), when=later.when, decode=later.decode)
+    packed = RaggedFixedStore(Turnover.of(ADAKV.stages()))
+    with pytest.raises(ValueError, match="capacity must be at least the 29 entries a head"):
+        packed.load(Run(ADAKV, q, k, v, [60, 30]).store, room=5, capacity=28)
+    packed.load(Run(ADAKV, q, k, v, [60, 30]).store, room=5)
+    with pytest.raises(NotImplementedError, match="stretches of their own"):
+        packed.select_rows(torch.tensor([1, 0], device=device))
     with pytest.raises(ValueError, match="capacity must be at least the 25 entries"):
         FixedStore(Turnover.of(METHODS["h2o"].stages())).load(
             Run(METHODS["h2o"], q, k, v, [60, 30]).store, room=1, capacity=20

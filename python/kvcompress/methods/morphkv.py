@@ -15,6 +15,7 @@ from kvcompress.cache import DenseStore
 from kvcompress.layer import LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 from kvcompress.select import topk
 from kvcompress.statistic import History, Observed, Scores, attend_and_observe, by_kv_head
 from kvcompress.when import EveryStep
@@ -69,7 +70,8 @@ class MisalignedHistory:
     def queries(self) -> int:
         return self.window
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
+        assert isinstance(store, DenseStore), "heads of different counts evict later in fixed stores only"
         if layer.seq_start is not None:
             raise ValueError("morphkv: rows of a batch must be of one length in the official order, got a padded batch")
         query = layer.window(self.window).float() * layer.softmax_scale

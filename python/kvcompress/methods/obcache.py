@@ -17,6 +17,7 @@ from kvcompress.decode import decode_attention
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 from kvcompress.statistic import Observed, Scores, attend_and_observe, by_kv_head, kept_of
 from kvcompress.terms import Term, output_terms_
 from kvcompress.when import EveryStep
@@ -193,7 +194,7 @@ class PerturbationSums:
     def queries(self) -> int:
         return self.score.queries
 
-    def start(self, layer: LayerState, store: DenseStore, scores: Scores) -> None:
+    def start(self, layer: LayerState, store: DenseStore | RaggedStore, scores: Scores) -> None:
         store.put_beside("change", kept_of(scores(replace(self.score, pool="none")), layer, store, 0.0), fill=0.0)
 
     def attend(
@@ -229,6 +230,11 @@ class PerturbationSums:
             )
         if self.score.p != 2 or not self.score.value_norm:
             raise ValueError("obcache: p must be 2 with the norm of v in a fixed store, got another value score")
+
+    def check_ragged(self, window: int | float) -> None:
+        raise ValueError(
+            "obcache: heads must keep equal numbers of entries while decoding, got heads of different counts"
+        )
 
     def rank_fixed(self, store: FixedStore) -> dict[str, Any]:
         return {"scores": store.beside["change"]}

@@ -15,7 +15,8 @@ class PrefillDecode(Method):
     """Cuts the prompt by one method and evicts by another while decoding, both down to the same budget.
 
     ``create("prefill_decode", budget=512, prefill="snapkv", decode="morphkv")``: SnapKV's prompt, then MorphKV. What the second
-    method measures starts with the prompt as it does on its own (column sums of H2O, the last rows of MorphKV).
+    method measures starts with the prompt as it does on its own (column sums of H2O, the last rows of MorphKV). After a prompt whose
+    heads keep different counts (AdaKV), each head stays at its own, in a `FixedCache` only.
 
     Attributes:
         prefill: the method that cuts the prompt, by name or built, with its layer budgets; its own budget is replaced if they

@@ -25,7 +25,8 @@ from kvcompress.models.attention import expect
 from kvcompress.models.layer import CompressedLayer
 from kvcompress.models.rows import Rows
 from kvcompress.models.stats import CacheStats, LayerStats
-from kvcompress.pipeline import Pipeline
+from kvcompress.pipeline import Pipeline, Stages
+from kvcompress.when import EveryStep
 
 if TYPE_CHECKING:
     from kvcompress.methods import Method
@@ -75,7 +76,7 @@ class CompressedCache(Cache):
             )
         self.method = method
         self.chunked_prefill = chunked_prefill
-        self._pipeline = None if method is None else Pipeline(method.stages(), count, reserve=reserve)
+        self._pipeline = None if method is None else Pipeline(self._stages(method), count, reserve=reserve)
         self._compressed: list[CompressedLayer] = []
         self._others: dict[int, Callable[[], Any]] = {}  # how to make the layers that are not compressed
         layers: list[Any] = []
@@ -89,6 +90,15 @@ class CompressedCache(Cache):
                 layers.append(self._others[layer_idx]())
         super().__init__(layers=layers)
         self._forget()
+
+    def _stages(self, method: Method) -> Stages:
+        """What the method is made of, if this cache can do it."""
+        stages = method.stages()
+        if stages.is_ragged and isinstance(stages.when, EveryStep):
+            raise ValueError(
+                f"CompressedCache: heads of different counts evict while decoding in a FixedCache only, got {method}"
+            )
+        return stages
 
     def _forget(self) -> None:
         self._waiting: int | None = None  # the layer whose attention has not run yet

@@ -12,9 +12,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 
 from kvcompress.cache import DenseStore
 from kvcompress.fixed import FixedStore, Turnover
+from kvcompress.fixed_ragged import RaggedFixedStore
 from kvcompress.models.cache import CompressedCache
 from kvcompress.models.rows import Rows
 from kvcompress.models.stats import CacheStats, LayerStats
+from kvcompress.pipeline import Stages
+from kvcompress.ragged import RaggedStore
 
 if TYPE_CHECKING:
     from kvcompress.methods import Method
@@ -59,14 +62,14 @@ class FixedLayer(CacheLayerMixin):
     def __init__(self, turnover: Turnover, *, is_last: bool, is_sliding: bool = False) -> None:
         super().__init__()
         self.is_last, self.is_sliding = is_last, is_sliding
-        self.store = FixedStore(turnover)
+        self.store = (RaggedFixedStore if turnover.is_ragged else FixedStore)(turnover)
         self.pending: tuple[Tensor, Tensor] | None = None
         self.cumulative_length: Tensor | None = None  # type: ignore[assignment]  # the base class types it as an int
         self.inv_freq: Tensor | None = None
 
     def load(
         self,
-        store: DenseStore,
+        store: DenseStore | RaggedStore,
         cumulative_length: Tensor,
         inv_freq: Tensor | None,
         *,
@@ -123,6 +126,9 @@ class FixedCache(CompressedCache):
     captured in a CUDA graph, once for all prompts: the buffers keep their addresses over `reset()`, as long as batch and
     capacity stay the same.
 
+    Heads of different counts (AdaKV, LAVa) have stretches of their own there; where the method goes on evicting, each stays at the
+    number of entries that the prompt's cut gave it. Beams are refused for them.
+
     Sliding-window layers of a hybrid model decode over rings as long as their windows, likewise of fixed room; their attention needs
     no mask then.
 
@@ -135,8 +141,8 @@ class FixedCache(CompressedCache):
             `sliding_window`). None keeps every entry.
         room: tokens that may come behind the prompt where nothing is evicted; one more raises (in compiled and captured steps
             only `check_room` can tell).
-        capacity: slots of a layer, the same for every prompt; None: as many as the prompt at hand needs. With a budget in
-            entries that is the same for all.
+        capacity: slots of a layer, the same for every prompt (on the mean of its heads, where they differ); None: as many as the
+            prompt at hand needs. With a budget in entries that is the same for all.
         chunked_prefill: the prompt comes in several forwards and ends with `finish_prompt()`.
         compiles: `generate()` compiles the decode steps by itself on CUDA, as it does for every cache that says so.
 
@@ -220,6 +226,9 @@ class FixedCache(CompressedCache):
             self._fix()  # this layer still attends over what it has been given here
         return held
 
+    def _stages(self, method: Method) -> Stages:
+        return method.stages()  # `Turnover` has said what cannot be done
+
     def attend(
         self,
         layer_idx: int,
@@ -253,7 +262,8 @@ class FixedCache(CompressedCache):
         cut = keeps_all or all(layer.is_cut for layer in self._compressed)
         attachment = None if self._attachment is None else self._attachment()
         first = self._prompt_layers[0]
-        behind = any(self.layers[i].get_seq_length() != first.columns for i in self._others)
+        others: dict[int, Any] = {i: self.layers[i] for i in self._others}
+        behind = any(layer.get_seq_length() != first.columns for layer in others.values())
         if self._fixed is not None or waits or not cut or behind or attachment is None:
             return
         assert first.store is not None
@@ -261,19 +271,25 @@ class FixedCache(CompressedCache):
         self._columns = same_address(self._columns, torch.tensor(first.columns, device=first.store.keys.device))
         fits = []
         for prompt in self._prompt_layers:
-            assert isinstance(prompt.store, DenseStore)
-            fits.append(max(self.room, (self.capacity or 0) - prompt.store.max_length))
+            assert isinstance(prompt.store, (DenseStore, RaggedStore))
+            fits.append(self._room_of(prompt.store))
             layer = self._decode_layers[prompt.layer_idx]
             layer.load(prompt.store, self._columns, prompt._inv_freq, room=self.room, capacity=self.capacity)
             prompt.prompt_over = True
             prompt.store = None  # its buffers are free from here on
-        for layer_idx in self._others:
-            ring = _ring(self.layers[layer_idx], seen)
+        for layer_idx, other in others.items():
+            ring = _ring(other, seen)
             self._decode_layers[layer_idx].load(ring, self._columns, None, room=0, capacity=None)
         for layer_idx, layer in enumerate(self._decode_layers):
             attachment.bind(layer_idx, layer)
         self._fixed, self._behind, self._fits = self._decode_layers, 0, min(fits)
         self.layers = list(self._decode_layers)
+
+    def _room_of(self, store: DenseStore | RaggedStore) -> int:
+        """Tokens that fit behind a prompt where nothing is evicted: with more slots than it needs, more than `room`."""
+        if self.capacity is None or isinstance(store, RaggedStore) or self._turnover.is_ragged:
+            return self.room
+        return max(self.room, self.capacity - store.max_length)
 
     def _take_room(self, keys: Tensor) -> None:
         """Refuses tokens that do not fit any more, before anything is written. A compiled or captured step is run without
@@ -345,9 +361,10 @@ class FixedCache(CompressedCache):
         layers = []
         for prompt in self._prompt_layers:
             store = self._fixed[prompt.layer_idx].store
-            seen, entries = store.seen[:, 0].tolist(), store.lengths[:, 0].tolist()
-            heads = [[n] * store.keys.shape[1] for n in entries]
-            layers.append(LayerStats(prompt.layer_idx, seen, entries, heads, store.nbytes, self._scorer(prompt)))
+            heads = store.head_lengths
+            entries = [-(-sum(row) // len(row)) for row in heads]
+            scorer = self._scorer(prompt)
+            layers.append(LayerStats(prompt.layer_idx, store.row_seen, entries, heads, store.nbytes, scorer))
         name = "full cache" if self.method is None else str(self.method)
         nbytes = sum(layer.store.nbytes for layer in self._fixed)
         return CacheStats(name, int(self._fixed[0].get_seq_length()), nbytes, layers)
