@@ -9,11 +9,42 @@ import torch.nn.functional as F
 
 import kvcompress
 from bench.harness import Case
+from kvcompress.budget import cumulative_mass
 from tests.cases import prompts
+
+HEADS = 32
+
+
+def mass_by_sort(mass: torch.Tensor, share: float) -> torch.Tensor:
+    held = cumulative_mass(mass)
+    return 1 + (held.double() < share * held[..., -1:].double()).sum(-1)
+
+
+def mass_case(device: torch.device, batch: int, length: int) -> Case:
+    """Query heads of a layer: the mean attention that 32 queries pay."""
+
+    def make():
+        logits = 3 * torch.randn(batch, HEADS, 8, length, device=device)
+        return [logits.softmax(-1).mean(2)]
+
+    size = 4 * batch * HEADS * length
+    return Case(
+        op="mass_count",
+        label=f"B{batch} S{length} {HEADS} heads",
+        make=make,
+        variants={
+            "kvcompress": lambda x: kvcompress.mass_count(x[0], 0.9),
+            "torch sort and cumsum": lambda x: mass_by_sort(x[0], 0.9),
+        },
+        read=size,
+        footprint=size,
+        params={"batch": batch, "heads": HEADS, "seq_len": length, "share": 0.9},
+    )
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     for batch, length in prompts(device, quick=quick):
+        yield mass_case(device, batch, length)
         for hidden in (4096, 8192):
             if batch > 1 and length > 32768:
                 continue  # 17 GB a set

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(kvcompress, library) {
   library.def("column_sums(Tensor q, Tensor k, Tensor? lse, Tensor? query_weights, Tensor? query_positions, Tensor? seq_start, Tensor? v, Tensor? output, SymInt first_query, int statistic, int group_reduce, float softmax_scale) -> Tensor");
   // budget
   library.def("cosine_importance(Tensor before, Tensor after, Tensor? seq_start, bool is_update) -> Tensor");
+  library.def("mass_count(Tensor mass, float share) -> Tensor");
   // select
   library.def("topk(Tensor scores, Tensor? counts, Tensor? seq_start, Tensor? seq_end, SymInt k, SymInt sink, SymInt window) -> Tensor");
   library.def("topk_ragged(Tensor scores, Tensor counts, Tensor? seq_start, Tensor? seq_end, SymInt total, SymInt sink, SymInt window) -> (Tensor, Tensor)");

@@ -7,7 +7,7 @@ from kvcompress import _library
 _library.load()
 
 from kvcompress._debug import set_debug  # noqa: E402
-from kvcompress.budget import cosine_importance  # noqa: E402
+from kvcompress.budget import cosine_importance, mass_count  # noqa: E402
 from kvcompress.columns import column_sums  # noqa: E402
 from kvcompress.decode import decode_attention, ragged_decode_attention  # noqa: E402
 from kvcompress.evict import evict_append_, history_scores, ragged_evict_append_  # noqa: E402
@@ -30,6 +30,7 @@ __all__ = [
     "gather_ragged",
     "head_counts",
     "history_scores",
+    "mass_count",
     "observed_decode_attention_",
     "observed_ragged_decode_attention_",
     "output_terms_",

@@ -17,9 +17,9 @@ from tests.methods.states import DTYPES, LENGTHS, alone, attention, kept, prompt
 
 @pytest.mark.parametrize(("tau", "count"), [(0.9, 4), (0.95 - 1e-6, 4), (1.0, 5), (0.49, 1), (0.01, 1)])
 def test_worked_example_of_the_count(tau, count, device):
-    mass = torch.tensor([0.05, 0.5, 0.15, 0.2, 0.1], device=device)
+    mass = torch.tensor([[[0.05, 0.5, 0.15, 0.2, 0.1]]], device=device)
     assert int(mass_count(mass, tau)) == count
-    padded = torch.cat([torch.full((3,), -torch.inf, device=device), mass])
+    padded = torch.cat([torch.full((1, 1, 3), -torch.inf, device=device), mass], 2)
     assert int(mass_count(padded, tau)) == count
 
 

@@ -23,6 +23,8 @@ MADE = {
     "lava_uniform": create("lava", budget=0.1, layers="uniform"),
     "lava": create("lava", budget=0.1),
     "auto": create("auto", budget=0.1, before_rope=False),
+    "zigzagkv": create("zigzagkv", budget=0.1),
+    "prefixkv": create("prefixkv", budget=0.1),
     "squeeze_adakv": create("squeeze_attention", budget=0.1, inner=create("adakv", budget=0.1)),
 }
 

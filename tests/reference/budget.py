@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,17 @@ def cosine_importance(
     cosine = (h * a).sum(-1) / (h.norm(dim=-1).clamp_min(1e-8) * a.norm(dim=-1).clamp_min(1e-8))
     starts = [0] * len(h) if seq_start is None else seq_start.tolist()
     return torch.stack([row[start:].mean() for row, start in zip(cosine, starts)])
+
+
+def mass_count(mass: Tensor, share: float) -> Tensor:
+    """As kvcompress.mass_count, in whole numbers of Python."""
+    rows = []
+    for row in mass.flatten(0, 1).tolist():
+        units = sorted((round(x * 2**40) if 0 < x < float("inf") else 0 for x in row), reverse=True)
+        wanted = share * float(sum(units))
+        reached = [float(held) >= wanted for held in accumulate(units)]
+        rows.append(1 + reached.index(True) if reached else 0)
+    return torch.tensor(rows, dtype=torch.int32).view(mass.shape[:2])
 
 
 def heads_of_global_list(scores: Tensor, base: int, weighed_at: int, normalise: bool) -> list[int]:

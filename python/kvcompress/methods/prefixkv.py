@@ -22,6 +22,10 @@ class PrefixKV(Method):
     need all layers, and until the last one a layer is cut to the most it could get. Offline, from a table: each layer is cut
     at once.
 
+    Memory during prefill: with a table, one layer's full K and V beside the compressed rest. Online the bounds of the first
+    layers come down as later ones are measured, and a layer is cut again once an eighth of it is beyond its bound: at most
+    ``8 / 7 * L * budget`` entries a head, with 4 bytes each for its score, beside that.
+
     Departures from THU-MIG/PrefixKV@39b7265:
         - the threshold is found to the last entry (official: a bisection that stops within 5 entries of the total, is then
           rescaled and truncated, and may never stop on a plateau).
