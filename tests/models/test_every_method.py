@@ -1,0 +1,45 @@
+"""Every method of the registry in generate(): MHA, GQA and MQA, batches with left padding. A new method edits no list here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvcompress.methods import available, create
+from tests.models.common import PROMPT, cache_of, entries, generate, padded, prompt
+from tests.models.conftest import SHAPE, _wild
+
+NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", available())
+def test_rows_of_a_padded_batch_are_those_rows_alone(name, kv_heads, device):
+    """Tokens, logits and kept positions with the method's own defaults at half of the prompt."""
+    torch.manual_seed(3)
+    shape = {**SHAPE, "num_key_value_heads": kv_heads}
+    model = _wild(LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))).to(device)
+    method = create(name, budget=0.5)
+    rows = [prompt(model, n, seed=n) for n in (PROMPT, 61, 12)]
+    ids, mask = padded(rows)
+    together = cache_of(model, method)
+    tokens, logits = generate(model, together, ids, new=NEW, attention_mask=mask)
+    for i, row in enumerate(rows):
+        single = cache_of(model, method)
+        wanted, expected = generate(model, single, row, new=NEW)
+        assert torch.equal(tokens[i : i + 1], wanted)
+        torch.testing.assert_close(logits[i : i + 1], expected, rtol=1e-3, atol=1e-3)
+        for ours, theirs in zip(together.stats().layers, single.stats().layers):
+            assert ours.head_entries[i] == theirs.head_entries[0]
+            positions = together.positions(ours.layer)[i, :, : max(theirs.head_entries[0])]
+            assert torch.equal(positions, single.positions(ours.layer)[0])
+    full = cache_of(model, None)
+    generate(model, full, ids, new=NEW, attention_mask=mask)
+    assert sum(sum(layer) for layer in entries(together)) < sum(sum(layer) for layer in entries(full))
