@@ -22,7 +22,7 @@ from kvcompress.when import EveryStep, Prefill, When
 
 __all__ = ["Pipeline", "Stages", "is_mass"]
 
-_WORTH = 8  # a waiting layer is cut again once its bound has come down by an eighth
+_SPARE = 8  # waiting layers are cut again once together they hold an eighth more than their bounds
 
 
 class Score(Protocol):
@@ -182,10 +182,16 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _Unsettled:
-    """A layer that holds an upper bound of its budget; `held` is which entries of the prompt, where heads differ."""
+    """A layer that holds an upper bound of its budget.
+
+    Attributes:
+        bound: that bound, entries a head, summed over the rows.
+        held: which entries of the prompt it holds, where heads differ.
+    """
 
     store: Store
     ranked: _Ranked
+    bound: int
     held: _Packed | None = None
 
 
@@ -196,6 +202,11 @@ def _each(row: int | list[int]) -> list[int]:
 def _mean(row: int | list[int]) -> int:
     """Mean entries a head of a row's target, rounded up."""
     return -(-sum(row) // len(row)) if isinstance(row, list) else row
+
+
+def _entries(targets: Targets, lengths: Sequence[int]) -> int:
+    """Mean entries a head that a layer may keep, summed over the rows."""
+    return sum(min(_mean(row), length) for row, length in zip(targets, lengths))
 
 
 class Pipeline:
@@ -289,15 +300,29 @@ class Pipeline:
             ranked = _Ranked(
                 layer.index, list(layer.lengths), layer.seq_start, scores() if self.stages.is_ragged else None
             )
-            self._unsettled[layer.index] = _Unsettled(store, ranked, held)
-        if budget.tightens:
-            for index, targets in bounds.items():
-                self._cut_again(index, targets, final=final)
-            if final:
-                self.reset()
-        else:
+            bound = _entries(bounds[layer.index], layer.lengths)
+            self._unsettled[layer.index] = _Unsettled(store, ranked, bound, held)
+        if not budget.tightens:
             self._settle()
+        elif not final:
+            self._tighten(bounds)
+        else:
+            for index, targets in bounds.items():
+                self._cut_again(index, targets, final=True)
+            self.reset()
         return store
+
+    def _tighten(self, bounds: dict[int, Targets]) -> None:
+        """Cuts waiting layers down to bounds that have come down, those with most to give first, until what is spare is little."""
+        lengths = self._unsettled[0].ranked.lengths
+        wanted = {index: _entries(targets, lengths) for index, targets in bounds.items()}
+        beyond = {index: self._unsettled[index].bound - n for index, n in wanted.items()}
+        spare, most = sum(beyond.values()), sum(wanted.values()) // _SPARE
+        for index in sorted(beyond, key=lambda i: -beyond[i]):
+            if spare <= most:
+                break
+            self._cut_again(index, bounds[index], final=False)
+            spare -= beyond[index]
 
     def _kept(self, length: int, target: int) -> int:
         """Entries that the prefill leaves of a prompt."""
@@ -413,13 +438,10 @@ class Pipeline:
         return raised, per_head, raised.shape[1] * sum(counts) if is_known else int(per_head.sum())
 
     def _cut_again(self, layer: int, targets: Targets, *, final: bool) -> None:
-        """Down to the final budget, or to a bound that has come down by so much that the copy pays."""
+        """A waiting layer down to its final budget, or to a bound that has come down."""
         waiting = self._unsettled[layer]
-        store, ranked = waiting.store, waiting.ranked
-        wanted = sum(min(_mean(row), length) for row, length in zip(targets, ranked.lengths))
-        held = store.total / store.heads if isinstance(store, RaggedStore) else sum(store.lengths)
-        if not final and wanted * _WORTH > held * (_WORTH - 1):
-            return
+        store, ranked, bound = waiting.store, waiting.ranked, _entries(targets, waiting.ranked.lengths)
+        self._unsettled[layer] = replace(waiting, bound=bound)
         if isinstance(store, RaggedStore):
             assert ranked.scores is not None
             assert waiting.held is not None
@@ -427,7 +449,7 @@ class Pipeline:
             index, indptr = topk_ragged(raised, per_head, total=total, seq_start=ranked.seq_start)
             kept = _Packed.of(index, indptr, raised.shape[2])
             store.keep(kept.among(waiting.held, raised.shape[2]), indptr)
-            self._unsettled[layer] = replace(waiting, held=kept)
+            self._unsettled[layer] = replace(waiting, bound=bound, held=kept)
             store.targets = self._targets(targets, store, final=final)
             return
         store.targets = [_mean(row) for row in targets]

@@ -132,6 +132,7 @@ def test_normalised_heads_keep_to_what_they_have(device):
     stages = create("lava", budget=30, window=WINDOW, normalise=True).stages()
     pipeline, states, stores = Pipeline(stages, LAYERS), [], []
     held: list[list[int]] = []
+    cut_to: list[int] = []
     for index in range(LAYERS):
         state = prompt([90], device=device, index=index, num_layers=LAYERS)
         state.queries *= [9.0, 0.1, 2.0, 0.5][index]
@@ -139,17 +140,19 @@ def test_normalised_heads_keep_to_what_they_have(device):
         stores.append(pipeline.compress(state))
         measured = [stages.budget.measure(s, lambda s=s: stages.score(s)).cpu() for s in states]
         final = index + 1 == LAYERS
-        for i, (bound,) in enumerate(stages.budget.settle(measured, [90], floor=WINDOW, layers=LAYERS)):
-            bound = min(bound, 90)
-            if i < len(held) and not final and bound * 8 > sum(held[i]) / len(held[i]) * 7:
-                continue
+        bounds = [min(n, 90) for (n,) in stages.budget.settle(measured, [90], floor=WINDOW, layers=LAYERS)]
+        cut_to.append(bounds[index])
+        held.append([90] * len(states[index].keys[0]))
+        due = [index]
+        for i in sorted(range(index), key=lambda i: bounds[i] - cut_to[i]):  # most to give first
+            if final or sum(cut_to) - sum(bounds) > sum(bounds) // 8:
+                due.append(i)
+                cut_to[i] = bounds[i]
+        for i in due:
             free = stages.score(states[i])[0, :, :-WINDOW].cpu()
-            won = heads_of_global_list(free, bound - WINDOW, bound - WINDOW, normalise=True)
+            won = heads_of_global_list(free, bounds[i] - WINDOW, bounds[i] - WINDOW, normalise=True)
             counts = [WINDOW + won.count(head) for head in range(len(free))]
-            if i < len(held):
-                held[i] = [min(a, b) for a, b in zip(held[i], counts)]
-            else:
-                held.append(counts)
+            held[i] = [min(a, b) for a, b in zip(held[i], counts)]
         assert [store.head_lengths[0] for store in stores] == held
     assert len({tuple(counts) for counts in held}) > 1
 

@@ -46,7 +46,7 @@ def test_peak_and_rest(name):
     # entries a head over all layers that may be held at once, in units of bytes with their int32 positions
     held = LAYERS * (mean * HEADS * (ENTRY + 4) + room)
     if pipeline.stages.budget.tightens:  # beside each entry its score, or where it stood in the prompt
-        held = held * 8 / 7 + LAYERS * 8 * (mean * 8 / 7 + RESERVE) * HEADS
+        held = held * 9 / 8 + LAYERS * 8 * (mean * 9 / 8 + RESERVE) * HEADS
     if name == "squeeze_adakv":  # first cut: what k-means could give a layer; heads keep at most 1.2 of that
         held = LAYERS * (1.2 * MADE[name].stages().budget.first(prompt(0, 1), None)[0] * HEADS * (ENTRY + 4) + room)
     stores = []

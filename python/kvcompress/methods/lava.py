@@ -27,9 +27,10 @@ class LAVa(Method):
     ``L * (budget - window)`` entries a head in proportion to the normalised entropy of their scores, ``e = -sum p log p / log n``
     over all n scores of a layer, so that layers with spread scores get more. Stored ragged; decoding appends.
 
-    Memory during prefill: the budgets of the first layers are bounds that come down as later layers are measured. A layer is cut
-    again once an eighth of it is beyond its bound, so at most ``8 / 7 * L * budget`` entries a head are held, and beside them
-    one layer's full K and V, and 4 bytes an entry and kv head of the prompt for the scores.
+    Memory during prefill: the budgets of the first layers are bounds that come down as later layers are measured. Layers are cut
+    again, those with most to give first, once they hold an eighth more than their bounds, so at most ``9 / 8 * L * budget``
+    entries a head are held, and beside them one layer's full K and V, and 4 bytes an entry and kv head of the prompt for the
+    scores.
 
     Departures from MGDDestiny/Lava@71d3cc8:
         - `floor` is 0, as in the paper (their scripts: 0.2 and 0.5), and weighs the layer's own budget. Theirs stays the integer

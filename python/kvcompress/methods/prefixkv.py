@@ -23,8 +23,8 @@ class PrefixKV(Method):
     at once.
 
     Memory during prefill: with a table, one layer's full K and V beside the compressed rest. Online the bounds of the first
-    layers come down as later ones are measured, and a layer is cut again once an eighth of it is beyond its bound: at most
-    ``8 / 7 * L * budget`` entries a head, with 4 bytes each for its score, beside that.
+    layers come down as later ones are measured, and layers are cut again once they hold an eighth more than their bounds: at
+    most ``9 / 8 * L * budget`` entries a head, with 4 bytes each for its score, beside that.
 
     Departures from THU-MIG/PrefixKV@39b7265:
         - the threshold is found to the last entry (official: a bisection that stops within 5 entries of the total, is then

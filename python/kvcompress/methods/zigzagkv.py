@@ -18,9 +18,9 @@ class ZigZagKV(Method):
     mean count, layer l keeps ``beta b + (1 - beta) b L u_l / sum(u)`` entries. Budgets are per sequence of a batch and sum to
     ``L b``. They need all layers: until the last one is measured, a layer is cut to the most that it could get.
 
-    Memory during prefill: the bounds of the first layers come down as later ones are measured, and a layer is cut again once an
-    eighth of it is beyond its bound. So at most ``8 / 7 * L b`` entries a head are held, with 4 bytes each for its score, and
-    beside them one layer's full K and V.
+    Memory during prefill: the bounds of the first layers come down as later ones are measured, and layers are cut again once they
+    hold an eighth more than their bounds. So at most ``9 / 8 * L b`` entries a head are held, with 4 bytes each for its score,
+    and beside them one layer's full K and V.
 
     No official code is known; NVIDIA/kvpress PR 238 (not merged) is the reference. Departures from it:
         - counts on the attention before any pooling, all entries included (its last revision: pooled and grouped scores).
