@@ -66,7 +66,7 @@ def test_peak_and_rest(name):
                 scores = (index + 1) * 4 * HEADS * LENGTH  # or the sums that PrefixKV measures
             del state
             rest = torch.cuda.memory_allocated() - start
-            assert rest <= held + scores + 65536, index
+            assert not warm or rest <= held + scores + 65536, index
         queries = 32 * HEADS * GROUP * DIM * 2
         peak = torch.cuda.max_memory_allocated() - start
         if warm:
