@@ -27,8 +27,8 @@ class Auto(Method):
     stay, first and last ones in any case. One pass, nothing calibrated, no second reading of the prompt.
 
     Memory during prefill: at most ``9 / 8`` of all entries that stay, as layers are cut again once they hold an eighth more than
-    the list so far leaves them; beside them one layer's full K and V, and 4 bytes an entry and kv head of the prompt for the
-    scores.
+    the list so far leaves them; beside them one layer's full K and V, and 8 bytes an entry and kv head of the prompt for the
+    scores and the list.
 
     Why these: one list over all layers and heads is worth more than any score (heads that retrieve keep most of their
     entries, the others next to none). Distinct keys are what later questions look for, and they need no question to be known; RoPE
