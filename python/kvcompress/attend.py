@@ -23,6 +23,7 @@ _ANY_BACKEND = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_TURN = 64  # queries that attend under a mask of their own where rows differ in length
 _MASK_ELEMENTS = 1 << 26  # a mask of many queries over many entries is made in blocks of at most 64 MiB
 
 
@@ -44,8 +45,8 @@ def attend(
     Up to 8 queries over entries that start at slot 0, so every decode step, go through `kvcompress.decode_attention`, all
     else through torch's scaled_dot_product_attention (as do tensors that need gradients, and head dims that the op refuses).
     K and V are never copied or repeated for grouped queries, and a mask is made only where neither the shapes nor the bounds
-    say the same: one query over rows of unequal length (``[batch, 1, 1, seq_len]``), or several queries behind older
-    entries (``[num_queries, seq_len]``, in blocks).
+    say the same: one query or a few over rows of unequal length (``[batch, 1, num_queries, seq_len]``), or several
+    queries behind older entries (``[num_queries, seq_len]``, in blocks).
 
     Args:
         q: ``[batch, num_q_heads, num_queries, head_dim]``.
@@ -128,12 +129,26 @@ def _attend(
         if any(starts):
             visible &= slots >= torch.tensor(starts, dtype=torch.int32, device=q.device)[:, None]
         return _one_query(q, k[:, :, :last], v[:, :, :last], softmax_scale, visible[:, None, None]), None
+    if num_queries <= _TURN and num_queries < min(ends) and not any(starts) and not wants_lse:
+        return _turn(q, k[:, :, : max(ends)], v[:, :, : max(ends)], softmax_scale, ends, device_ends), None
     out, parts = q.new_zeros((*q.shape[:3], v.shape[3])), []
     for row, (first, last) in enumerate(zip(starts, ends)):
         one = slice(row, row + 1)
         out[one], seen = _equal_rows(q[one], k[one, :, first:last], v[one, :, first:last], softmax_scale, wants_lse)
         parts.append(seen)
     return out, _joined(parts)
+
+
+def _turn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, ends: Sequence[int], device_ends: Tensor | None
+) -> Tensor:
+    """A few queries behind rows of other lengths, each longer than these: one call, under a mask for each row."""
+    if device_ends is None:
+        device_ends = torch.tensor(ends, dtype=torch.int32, device=q.device)
+    behind = torch.arange(q.shape[2] - 1, -1, -1, dtype=torch.int32, device=q.device)  # later tokens of the same turn
+    slots = torch.arange(k.shape[2], dtype=torch.int32, device=q.device)
+    visible = slots < (device_ends[:, None] - behind)[:, :, None]
+    return _grouped(q, k, v, visible[:, None], scale)
 
 
 def _is_decode(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -238,14 +253,20 @@ def _behind(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, hidden: int
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Grouped queries without repeating K and V: kv heads join the batch, and each is read by its whole group (stride 0)."""
+    """Grouped queries without repeating K and V: kv heads join the batch, and each is read by its whole group (stride 0).
+
+    `mask` is ``[num_queries, seq_len]`` or ``[batch, 1, num_queries, seq_len]``, True where visible.
+    """
     batch, num_q_heads, num_queries, head_dim = q.shape
     heads = k.shape[1]
     group = num_q_heads // heads
     if group > 1 and batch > 1 and any(t.stride(0) != heads * t.stride(1) for t in (k, v)):
-        rows = [_grouped(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, scale) for b in range(batch)]
+        masks = [mask] * batch if mask is None or mask.dim() == 2 else mask.split(1)
+        rows = [_grouped(q[b : b + 1], k[b : b + 1], v[b : b + 1], own, scale) for b, own in enumerate(masks)]
         return torch.cat(rows)
     if group > 1:
+        if mask is not None and mask.dim() == 4:
+            mask = mask.repeat_interleave(heads, 0)
         q = q.reshape(batch * heads, group, num_queries, head_dim)
         k, v = (t.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)

@@ -16,7 +16,7 @@ from kvcompress.store import append_, compact_ragged_, gather, gather_ragged
 __all__ = ["RaggedStore"]
 
 _QUERIES = 8  # what one call of ragged_decode_attention takes
-_FEW = 32  # queries that go through it in turns; more attend head by head, as a prompt does
+_FEW = 32  # queries, or as many as there are heads in all, that go through it in turns; more attend head by head, as a prompt does
 _GROWTH = (
     8  # a full room is renewed to an eighth of the mean length, at least to `reserve`: amortised O(1) copies a token
 )
@@ -201,6 +201,12 @@ class RaggedStore:
         """Keeps numbers ``[batch, heads, max_length, ...]`` float32 of the entries as they are now."""
         self.beside[name] = tensor
 
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry of one head: K, V, position, and what else is kept of it."""
+        packed = sum(t[:1].nbytes for t in self.tensors.values())
+        return packed + sum(t[:1, :1, :1].nbytes for t in self.beside.values())
+
     def view(self) -> tuple[Tensor, Tensor]:
         """The packed buffers ``[total, head_dim]``, room included, not copied."""
         return self.keys, self.values
@@ -208,7 +214,7 @@ class RaggedStore:
     def attend(self, q: Tensor, *, softmax_scale: float) -> Tensor:
         """Attention of the last tokens over their own rows and heads. See `kvcompress.ragged_decode_attention`."""
         new = q.shape[2]
-        if new > _FEW or not _is_supported(q):
+        if new > max(_FEW, self.batch * self.heads) or not _is_supported(q):
             return self._attend_by_head(q, softmax_scale)
         parts = []
         for first in range(0, new, _QUERIES):

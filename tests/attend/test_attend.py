@@ -40,6 +40,9 @@ def reference(q, k, v, starts, ends):
         (12, 12, [0, 12, 4], [12, 12, 12]),  # a row of padding only
         (5, 40, [0, 0, 0], [37, 37, 37]),  # drafts, second turn
         (5, 40, [0, 0, 0], [40, 9, 3]),  # the same over unequal rows, one shorter than the queries
+        (20, 60, [0, 0, 0], [60, 44, 21]),  # a longer turn over unequal rows
+        (20, 60, [0, 0, 0], [60, 44, 15]),  # one shorter than the queries
+        (70, 100, [0, 0, 0], [100, 90, 71]),  # too long for a mask of each row
     ],
 )
 def test_against_float64(queries, seq_len, starts, ends, q_heads, heads, dtype, device):
