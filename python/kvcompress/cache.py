@@ -73,6 +73,11 @@ class Store(Protocol):
         """Bytes of all buffers, room included: what the allocator holds for this layer."""
         ...
 
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry of one head: K, V, position, and what else is kept of it."""
+        ...
+
     def view(self) -> tuple[Tensor, Tensor]:
         """K and V as they lie, not copied, without room where the layout allows that."""
         ...
@@ -277,6 +282,11 @@ class DenseStore:
         if self._device_lengths is not None:
             held.append(self._device_lengths)
         return sum(t.untyped_storage().nbytes() for t in held)
+
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of one entry of one head: K, V, position, and what else is kept of it."""
+        return sum(t[:1, :1, :1].nbytes for t in self.tensors.values())
 
     @property
     def device_lengths(self) -> Tensor:

@@ -465,12 +465,14 @@ class Pipeline:
             length <= self._kept(length, target) for length, target in zip(store.lengths, store.targets)
         )
 
-    def make_room(self, store: Store, new: int) -> None:
-        """Before `new` tokens are stored, where eviction comes before attention."""
+    def make_room(self, store: Store, new: int | Sequence[int]) -> None:
+        """Before `new` tokens are stored (of each row, where rows get differently many), where eviction comes before attention."""
         when = self.stages.when
         if isinstance(when, EveryStep) and when.before_attention and store.targets is not None:
-            counted = new if when.counts_new else 0
-            self.fit(store, self._due(when, store, counted), self.stages.reselect)
+            counted = [new] * store.batch if isinstance(new, int) else list(new)
+            self.fit(
+                store, self._due(when, store, counted if when.counts_new else [0] * store.batch), self.stages.reselect
+            )
 
     def prepare(self, store: Store, inv_freq: Tensor | None) -> None:
         """After the new tokens are stored, before they attend."""
@@ -490,15 +492,15 @@ class Pipeline:
         """After the attention of a later forward, where eviction comes after it: rows above their budget fall back to it."""
         when = self.stages.when
         if isinstance(when, EveryStep) and not when.before_attention and store.targets is not None:
-            self.fit(store, self._due(when, store, 0), self.stages.reselect)
+            self.fit(store, self._due(when, store, [0] * store.batch), self.stages.reselect)
 
-    def _due(self, when: EveryStep, store: Store, counted: int) -> list[int]:
-        """Entries that each row may keep: its budget if it is due, else all it has. `counted` tokens are still to come."""
+    def _due(self, when: EveryStep, store: Store, counted: Sequence[int]) -> list[int]:
+        """Entries that each row may keep: its budget if it is due, else all it has. `counted` tokens of it are still to come."""
         assert store.targets is not None
         targets = [when.target(target, seen) for target, seen in zip(store.targets, store.seen)]
         return [
-            max(0, target - counted) if when.is_due(length + counted, target) else length
-            for length, target in zip(store.lengths, targets)
+            max(0, target - new) if when.is_due(length + new, target) else length
+            for length, target, new in zip(store.lengths, targets, counted)
         ]
 
     def fit(self, store: Store, targets: Sequence[int], select: Select | None = None) -> None:

@@ -136,9 +136,10 @@ class Attachment:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 return  # a decode step: nothing is measured
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name changed in transformers 5.24
+            # its name differs with the model, and changed in transformers 5.24
+            cache = next((given for given in kwargs.values() if isinstance(given, CompressedCache)), None)
             self._stream.open = None
-            if isinstance(cache, CompressedCache) and cache.wants_residual(layer_idx):
+            if cache is not None and cache.wants_residual(layer_idx):
                 hidden: Tensor = args[0] if args else kwargs["hidden_states"]
                 self._stream.open = (cache, hidden.detach())
 

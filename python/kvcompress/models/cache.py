@@ -277,17 +277,24 @@ class CompressedCache(Cache):
         name = "full cache" if self.method is None else str(self.method)
         return CacheStats(name, self._compressed[0].columns, nbytes, layers)
 
-    def _scorer(self, layer: CompressedLayer) -> str:
+    def scorer(self, row: int) -> str:
+        """What the choice of one row's entries was based on, in the first compressed layer."""
+        return self._scorer(self._compressed[0], row)
+
+    def _scorer(self, layer: CompressedLayer, row: int | None = None) -> str:
+        """The same of a layer; None: of all rows."""
         if self._pipeline is None:
             return "every entry is kept"
         if layer.cut_from is None:
             return "nothing yet: the prompt is not over"
-        targets = [] if layer.store is None or layer.store.targets is None else layer.store.targets
-        if all(most >= length for most, length in zip(targets, layer.cut_from)):
+        rows = slice(None) if row is None else slice(row, row + 1)
+        targets = [] if layer.store is None or layer.store.targets is None else layer.store.targets[rows]
+        prompts = layer.cut_from[rows]
+        if all(most >= length for most, length in zip(targets, prompts)):
             return "nothing: the prompt fits into the budget"
         if self._pipeline.queries == 0:
             return str(self._pipeline.stages.score)
-        shortest, longest = min(layer.cut_from), max(layer.cut_from)
+        shortest, longest = min(prompts), max(prompts)
         tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
         return f"last {min(self._pipeline.queries, longest)} of {tokens} prompt tokens"
 

@@ -12,7 +12,7 @@ from kvcompress.attend import attend, attend_with_lse
 from kvcompress.budget import cosine_importance
 from kvcompress.cache import DenseStore, Store, load_store
 from kvcompress.layer import LayerState
-from kvcompress.models.rows import Rows
+from kvcompress.models.rows import Rows, last_columns
 from kvcompress.pipeline import Pipeline
 
 __all__ = ["CompressedLayer"]
@@ -34,6 +34,7 @@ class CompressedLayer(CacheLayerMixin):
         is_cut: the store holds what the method keeps of the prompt so far.
         prompt_over: no later forward belongs to the prompt.
         cut_from: real prompt tokens of each row at the cut.
+        new_real: real tokens of each row in the last forward.
     """
 
     is_sliding = False
@@ -69,7 +70,7 @@ class CompressedLayer(CacheLayerMixin):
         )
         self._trailing = 0  # last columns that are real in every row
         self._since_cut = 0  # columns behind the cut
-        self._new_real: list[int] = []  # of the last forward
+        self.new_real: list[int] = []
 
     # --- what transformers asks
 
@@ -174,7 +175,7 @@ class CompressedLayer(CacheLayerMixin):
         key, value, real = self._take(rows)
         assert self.store is not None
         if self.pipeline is not None:
-            self.pipeline.make_room(self.store, key.shape[2])
+            self.pipeline.make_room(self.store, self.new_real)
         self.store.append(key.detach(), value.detach(), real)
         if self.pipeline is not None:
             self.pipeline.prepare(self.store, inv_freq)
@@ -205,7 +206,7 @@ class CompressedLayer(CacheLayerMixin):
         (key, value), self.pending = self.pending, None
         new = key.shape[2]
         if rows is None:
-            self._new_real = [new] * key.shape[0]
+            self.new_real = [new] * key.shape[0]
             return key, value, None
         seen = [0] * key.shape[0] if self.store is None else self.store.seen
         if rows.columns != self.columns + new:
@@ -222,7 +223,7 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(
                 f"CompressedCache: attention_mask must count the tokens that the cache has seen, {seen} a row, got {old}"
             )
-        self._new_real = rows.new
+        self.new_real = rows.new
         return key, value, None if min(rows.new, default=new) == new else rows.new
 
     def _advance(self, new: int, real: list[int] | None) -> None:
@@ -238,11 +239,11 @@ class CompressedLayer(CacheLayerMixin):
             return
         keep = self.pipeline.queries + (_MAX_DRAFTS if self.record_past else 0)
         starts_anew = self._queries is None
-        self._queries = _rolled(self._queries, query, keep, real)
+        self._queries = last_columns(self._queries, query, real, keep)
         if output is None or not self.pipeline.wants_output or (self._output is None and not starts_anew):
             self._output = None
         else:
-            self._output = _rolled(self._output, output, keep, real)
+            self._output = last_columns(self._output, output, real, keep)
 
     def finish_prompt(self) -> None:
         """No later forward belongs to the prompt: makes the cut if it is still to come."""
@@ -324,7 +325,7 @@ class CompressedLayer(CacheLayerMixin):
         """Takes the residual stream around this layer's attention in the forward that just ran."""
         if not self.wants_residual:
             return
-        real, tokens = self._new_real, before.shape[1]
+        real, tokens = self.new_real, before.shape[1]
         self._fold_drafts()
         if not self.is_cut and self.record_past:
             last = min(tokens, _MAX_DRAFTS)
@@ -489,18 +490,3 @@ class CompressedLayer(CacheLayerMixin):
         for name, number in numbers.items():
             if name not in ("kind", "store", "needs_method"):
                 setattr(self, name, number)
-
-
-
-def _rolled(old: Tensor | None, new: Tensor, keep: int, real: list[int] | None) -> Tensor:
-    """The last `keep` real rows ``[batch, heads, n, head_dim]`` in a buffer of their own (a slice would keep all alive)."""
-    if old is None:
-        return new[:, :, -keep:].clone()
-    if real is None:
-        return torch.cat([old, new], 2)[:, :, -keep:].clone()
-    width = min(keep, old.shape[2] + new.shape[2])
-    rolled = new.new_zeros((*new.shape[:2], width, new.shape[3]))
-    for row, n in enumerate(real):
-        last = torch.cat([old[row], new[row, :, new.shape[2] - n :]], 1)[:, -width:]
-        rolled[row, :, width - last.shape[1] :] = last
-    return rolled

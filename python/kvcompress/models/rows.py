@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rows", "rows_of"]
+__all__ = ["Rows", "last_columns", "rows_of"]
 
 _last = threading.local()
 
@@ -47,3 +48,23 @@ def rows_of(mask: Tensor, num_new: int) -> Rows:
     rows = Rows(counts[0], counts[1], mask.shape[1], not any(counts[2]))
     _last.read = (weakref.ref(mask), num_new, rows)
     return rows
+
+
+def last_columns(held: Tensor | None, new: Tensor, real: Sequence[int] | None, most: int) -> Tensor:
+    """The last real columns of each row, right-aligned in a tensor of their own (a slice would keep all of `new` alive).
+
+    Args:
+        held: what this function gave before, ``[batch, heads, n, ...]``; None at first.
+        new: columns that follow it; row b's are the last ``real[b]``, None: all.
+        most: at most so many columns stay.
+    """
+    if most == 0 or held is None:
+        return new[:, :, new.shape[2] - min(most, new.shape[2]) :].clone()
+    if real is None:
+        return torch.cat([held, new], 2)[:, :, -most:].clone()
+    width = min(most, held.shape[2] + new.shape[2])
+    out = new.new_zeros((*new.shape[:2], width, *new.shape[3:]))
+    for row, n in enumerate(real):
+        last = torch.cat([held[row], new[row, :, new.shape[2] - n :]], 1)[:, -width:]
+        out[row, :, width - last.shape[1] :] = last
+    return out
