@@ -135,3 +135,16 @@ def test_long_continuation_of_methods_that_evict(run, checkpoint, tmp_path):  # 
     assert runs["snapkv:window=8"]["end_entries"] == 60 + 180
     assert runs["streaming_llm"]["end_entries"] == 60
     assert runs["streaming_llm"]["prompt_tokens"] == 400 - 180
+
+
+def test_a_model_without_a_layer_to_compress_is_refused(refused, checkpoint, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    said = refused("eval", "--model", tmp_path, "--tasks", "passkey", "--lengths", "400", "--device", "cpu")
+    assert "config must have a full_attention layer" in said

@@ -98,30 +98,92 @@ def test_without_its_needle_everything_is_wrong(mini, samples, visible):
         assert unharmed.right
 
 
+DECODING = ("h2o", "tova", "obcache", "keydiff", "knorm")  # cut the prompt, or while decoding as well
+
+
 def test_order_of_methods_and_batch_change_nothing(mini, samples):
-    candidates = [FULL, make("snapkv", 0.3, window=16), make("squeeze_attention", 0.2), make("streaming_llm", 0.5)]
-    candidates += [make("auto", 0.1), make("adakv", 0.3), make("laqpp", 0.3)]  # heads of different counts, and a draft
+    """Every method of the registry: rows of other lengths in the same batch, and methods before it, change no answer."""
+    candidates = [FULL, *(make(name, 0.3) for name in methods.available())]
+    candidates += [make(name, 0.2, decode=True) for name in DECODING]
 
     def results(order, batch):
-        found = evaluate(*mini, samples[:6], order, batch=batch)
-        return {r.key: (r.right, r.tokens_right, r.entries, r.bytes, round(r.kl, 3)) for r in found}
+        found = list(evaluate(*mini, samples[:5], order, batch=batch, timed=0))
+        assert len(found) == 2 * 5 * len(candidates)
+        return {r.key: r for r in found}
 
-    assert results(candidates, 1) == results(candidates[::-1], 8)
+    alone, together = results(candidates, 1), results(candidates[::-1], 8)
+    assert len({r.prompt_tokens for r in alone.values()}) > 2  # padded, where they are together
+    for key, one in alone.items():
+        other = together.pop(key)
+        same = ("right", "tokens_right", "entries", "end_entries", "bytes", "prompt_tokens", "scorer", "agreement")
+        assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same], key
+        assert other.kl == pytest.approx(one.kl, rel=1e-3, abs=1e-3)
+        assert other.nll == pytest.approx(one.nll, rel=1e-3, abs=1e-3)
+    assert not together
 
 
-@pytest.mark.parametrize("name", [n for n in methods.available() if n not in ("sliding_window", "laq", "laqpp")])
+def test_questions_of_one_context_are_asked_on_copies(mini, samples):
+    """More questions on a context than fit into a batch, and fewer: the same records."""
+    shared = [replace(s, context_id="one", context=samples[0].context) for s in samples]
+    candidates = [FULL, make("snapkv", 0.3, window=16), make("adakv", 0.3), make("morphkv", 0.3)]
+    few, many = (
+        {
+            r.key: (r.right, r.tokens_right, r.entries, r.end_entries, r.bytes)
+            for r in evaluate(*mini, shared, candidates, batch=n)
+        }
+        for n in (4, 64)
+    )
+    assert few == many
+    assert len(few) == 2 * len(shared) * len(candidates)
+
+
+def test_a_model_with_sliding_layers():
+    """Nothing of it can be read once for all methods: every prompt is the model's own, one row at a time."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=64, attn_logit_softcapping=None, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tokenizer = Bytes()
+    samples = [
+        replace(s, id=f"{i}", context_id="one")
+        for i, s in enumerate(generate("passkey", tokenizer, length=300, count=1) * 2)
+    ]
+    candidates = [FULL, make("snapkv", 0.3, window=16), make("laq", 0.3)]
+    records = list(evaluate(model, tokenizer, samples, candidates, batch=8))
+    assert len(records) == 2 * 2 * len(candidates)
+    ids = torch.tensor([tokenizer(samples[0].context)["input_ids"]])
+    for r in records:
+        assert r.kl < 1e-6 if r.method == "full" else r.kl > 0
+        assert r.entries == (r.prompt_tokens if r.method == "full" else budget.entries(0.3, r.prompt_tokens))
+    assert ids.shape[1] == next(r.prompt_tokens for r in records if not r.question_visible)
+
+
+class Bytes:
+    """A tokenizer of bytes without special tokens."""
+
+    bos_token_id = None
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, **options):
+        return bytes(ids).decode()
+
+
+@pytest.mark.parametrize("name", [n for n in methods.available() if n != "sliding_window"])
 def test_replay_is_the_real_path(mini, samples, name):
     """A method that is handed a prompt read before keeps the same entries as one the model meets while it reads."""
     model, tokenizer = mini
     tokens = encode(samples[0], tokenizer)
     method = methods.create(name, budget=0.25)
-    assert replayable(method, model.config)
+    assert replayable(model.config)
     with attach(model), torch.inference_mode():
         reading = Reading(model, tokens.context, [method])
-        mark = reading.mark()
-        reading.read([5, 6, 7])
-        reading.compress(method)
-        reading.rewind(mark)
+        reading.extended([5, 6, 7]).compress(method)
         ours, again = reading.compress(method), reading.compress(method)
         real = compress_directly(model, tokens.context, method)
         for layer in range(reading.num_layers):
@@ -138,17 +200,22 @@ def test_replay_is_the_real_path(mini, samples, name):
 def test_fed_answer_equals_greedy_decoding(mini, samples):
     """One pass over the answer and step-by-step decoding give the same verdict for methods that cut once."""
     model, tokenizer = mini
-    from kvcompress.evaluate.runner import _at_once, _step_by_step
+    from kvcompress.evaluate.runner import _at_once, _contexts, _picked, _step_by_step
 
     method = methods.create("snapkv", budget=0.3, window=16)
-    tokens = [encode(s, tokenizer) for s in samples[-2:]]
+    [context] = _contexts([replace(s, context_id="one", context=samples[-1].context) for s in samples[-2:]], tokenizer)
+    assert len(context.questions) == 2
     with attach(model), torch.inference_mode():
-        reading = Reading(model, tokens[0].context, [method])
-        together = _at_once(model, [(reading.compress(method), own) for own in tokens])
-        for one, own in zip(together, tokens):
-            alone, _ = _step_by_step(model, reading.compress(method), own)
-            assert torch.equal(one.argmax(-1), alone.argmax(-1))
-            assert (one - alone).abs().max() < 1e-3
+        reading = Reading(model, context.ids, [method])
+        both = [_picked(reading.compress(method), [0, 0]) for _ in range(2)]
+        together = _at_once(model, both[0], context.questions, False)
+        alone, held, _ = _step_by_step(model, both[1], context.questions, False)
+    for one, other, question in zip(together, alone, context.questions):
+        n = len(question.tokens.answer)
+        assert torch.equal(one[-n:].argmax(-1), other[-n:].argmax(-1))
+        assert (one[-n:] - other[-n:]).abs().max() < 1e-3
+    kept = budget.entries(0.3, len(context.ids))
+    assert held == [kept + question.fed(False) for question in context.questions]
 
 
 def test_perplexity_is_the_models_own(random_model):

@@ -31,8 +31,7 @@ def test_attention_error_against_plain_softmax(random_model, name):
         assert errors.shape == (2, 3, 4)
         assert errors[1].max() < 1e-5
         assert errors[0].min() > 0
-        reading.read(behind)
-        queries, keys, values = (t[0].double() for t in reading.layer(2))
+        queries, keys, values = (t[0].double() for t in reading.extended(behind).layer(2))
         kept = cache.positions(2)[0]
         for head in range(4):
             q, k, v = queries[head, -3:], keys[head // 2], values[head // 2]

@@ -51,7 +51,10 @@ def calibrate(
     caution: Annotated[
         float, typer.Option(min=1, help="compactor: how much more a too good prediction counts than a too bad one.")
     ] = 3.0,
-    batch: Annotated[int, typer.Option(min=1, help="Most caches and questions on one prompt in one forward.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most questions worked on together; what suits the device if none is given."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of generated questions.")] = 2,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto: the checkpoint's, float32 on the CPU.")] = "auto",
@@ -101,7 +104,7 @@ def calibrate(
 
 def _table(
     model: Any, tokenizer: Any, samples: Any, progress: Progress, prompts: int, budget: int | float, inner: str,
-    layer_factor: bool, batch: int, out: Path, about: dict[str, Any],
+    layer_factor: bool, batch: int | None, out: Path, about: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     from kvcompress.evaluate.calibrate import BETAS, GAMMAS, contexts, halves, head_change, prompts_hash, search_table
 
@@ -140,7 +143,7 @@ def _table(
 
 
 def _curve(
-    model: Any, tokenizer: Any, samples: Any, progress: Progress, settings: list[str], caution: float, batch: int,
+    model: Any, tokenizer: Any, samples: Any, progress: Progress, settings: list[str], caution: float, batch: int | None,
     out: Path, about: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     from kvcompress.evaluate.calibrate import fit_curve, save_curve

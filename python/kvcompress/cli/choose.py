@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from kvcompress.cli.console import fail
 if TYPE_CHECKING:
     from kvcompress.methods import Method
 
-__all__ = ["bundled", "device", "load_model", "method", "parameters", "parse_budget"]
+__all__ = ["bundled", "device", "load_model", "method", "parameters", "parse_budget", "refused"]
 
 
 def parse_budget(text: str) -> int | float:
@@ -129,6 +130,15 @@ def bundled(name: str, option: str) -> Path:
     )
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """What the library does not do, with this model or method, ends the command with the library's own sentence."""
+    try:
+        yield
+    except NotImplementedError as error:
+        fail(str(error), "choose another method, or a model whose layers attend in full")
+
+
 def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     """A causal LM and its tokenizer, from a folder or by its hub id."""
     if Path(model).is_dir():
@@ -152,4 +162,10 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
         fail(
             f"--model {model} did not load: {reason}", "give a folder with config.json, or a hub id that you can reach"
         )
+    from kvcompress.models import CompressedCache
+
+    try:
+        CompressedCache(loaded.config)
+    except (ValueError, NotImplementedError) as error:
+        fail(str(error), "choose a model with layers that attend in full")
     return loaded.to(on).eval(), tokenizer

@@ -54,17 +54,18 @@ def evaluate(
         bool, typer.Option("--question-hidden", help="Compress the context alone, then ask (the default).")
     ] = False,
     both: Annotated[bool, typer.Option("--both", help="Both ways, side by side.")] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Most questions a task and length (24; 0.. all: --all).")
-    ] = 24,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most questions a task and length.")] = 24,
     answer_tokens: Annotated[
         int, typer.Option(min=1, help="Of text:FILE: tokens of the continuation, at most half of the length.")
     ] = 128,
     lm_eval_tasks: Annotated[
-        Path | None, typer.Option(help="Folder with own YAML tasks for lm_eval:NAME; needs kvcompress[eval].")
+        Path | None, typer.Option(help="Folder with own YAML tasks for lm_eval:NAME; needs kvcompress\\[eval].")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All questions of the files.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Most caches and questions on one prompt in one forward.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most questions worked on together; what suits the device if none is given."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated questions.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto: the checkpoint's, float32 on the CPU.")] = "auto",
@@ -125,7 +126,7 @@ def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     sink = None if out is None else out.open("a")
     try:
-        with Progress(*columns, console=notes(), transient=True) as progress:
+        with choose.refused(), Progress(*columns, console=notes(), transient=True) as progress:
             bar = progress.add_task("asking", total=len(wanted))
             for record in run(
                 loaded, tokenizer, asked, chosen, question_visible=modes, batch=batch,

@@ -67,7 +67,12 @@ def generate(
     stream = Stream()
     chunks = 1 if chunk is None else -(-tokens // chunk)
     started = time.perf_counter()
-    with attach(loaded), torch.inference_mode(), prefill_bar(loaded, chunks, tokens >= _LONG_PROMPT and not as_json):
+    with (
+        choose.refused(),
+        attach(loaded),
+        torch.inference_mode(),
+        prefill_bar(loaded, chunks, tokens >= _LONG_PROMPT and not as_json),
+    ):
         output = loaded.generate(
             **inputs,
             past_key_values=cache,

@@ -63,10 +63,9 @@ def inspect(
     from kvcompress.evaluate.reading import Reading, replayable
     from kvcompress.models import attach
 
-    for words, method in chosen.items():
-        if method is not None and not replayable(method, loaded.config):
-            fail(f"{words} does not act at the end of the prompt alone", "inspect the methods that do")
-    with attach(loaded), torch.inference_mode():
+    if not replayable(loaded.config):
+        fail("the model has layers that do not attend in full", "inspect looks at models whose layers all do")
+    with choose.refused(), attach(loaded), torch.inference_mode():
         reading = Reading(loaded, ids, [m for m in chosen.values() if m is not None], queries=len(behind))
         caches = [reading.compress(method) for method in chosen.values()]
         errors = attention_error(reading, caches, behind).cpu()

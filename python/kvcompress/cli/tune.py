@@ -39,7 +39,10 @@ def tune(
     lengths: Annotated[str | None, typer.Option(help="Comma-separated tokens; 2048 if none is given.")] = None,
     visible: Annotated[bool, typer.Option("--question-visible", help="Compress context and question.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Most questions a task and length.")] = 8,
-    batch: Annotated[int, typer.Option(min=1, help="Most caches and questions on one prompt in one forward.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most questions worked on together; what suits the device if none is given."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated questions.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto: the checkpoint's, float32 on the CPU.")] = "auto",
@@ -65,7 +68,7 @@ def tune(
     from kvcompress.evaluate.tune import tune as search
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes(), transient=True) as progress:
+    with choose.refused(), Progress(*columns, console=notes(), transient=True) as progress:
         bar = progress.add_task("round 1", total=None)
         rounds = iter(range(1, 100))
 

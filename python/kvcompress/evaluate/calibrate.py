@@ -128,7 +128,7 @@ def search_table(
     *,
     budget: int | float,
     inner: str = "snapkv",
-    batch: int = 8,
+    batch: int | None = None,
     on_step: Step = lambda _: None,
 ) -> tuple[CacheTable, list[Trial]]:
     """The (gamma, beta) under which the answers of held-out samples are likeliest, and all trials, best first.
@@ -181,7 +181,7 @@ def fit_curve(
     shares: Sequence[float],
     *,
     caution: float = 3.0,
-    batch: int = 8,
+    batch: int | None = None,
     on_step: Step = lambda _: None,
 ) -> tuple[float, float, list[tuple[float, float, float]]]:
     """(alpha, beta) of `predicted_quality` for a model and method, and the triples they were fitted to.

@@ -24,35 +24,32 @@ def attention_error(reading: Reading, caches: Sequence[CompressedCache], followi
     see the tokens' own K and V. Errors of earlier layers are not passed on: each layer is looked at alone.
 
     Args:
-        reading: the prompt, made with ``queries >= len(following)``; it is as it was afterwards.
+        reading: one prompt, made with ``queries >= len(following)``; it stays as it is.
         caches: compressed from that reading; they are not changed.
         following: the next tokens.
 
     Returns:
         ``[len(caches), layers, num_q_heads]`` float32.
     """
-    mark, seen, new = reading.mark(), len(reading.tokens), len(following)
-    reading.read(following)
+    [seen], new = reading.lengths, len(following)
+    ahead = reading.extended(following)
     errors = []
-    try:
-        for layer_idx in range(reading.num_layers):
-            queries, keys, values = reading.layer(layer_idx)
-            if queries.shape[2] < new:
-                raise ValueError(
-                    f"attention_error: reading must keep at least {new} queries, as there are next tokens, got {queries.shape[2]}"
-                )
-            queries = queries[:, :, -new:]
-            full = attend(queries, keys, values, softmax_scale=reading.softmax_scale).float()
-            row = []
-            for cache in caches:
-                layer = cache.layers[layer_idx]
-                assert isinstance(layer, CompressedLayer)
-                assert layer.store is not None
-                store = deepcopy(layer.store)
-                store.append(keys[:, :, seen:], values[:, :, seen:])
-                got = store.attend(queries, softmax_scale=reading.softmax_scale).float()
-                row.append((full - got).norm(dim=(2, 3)) / full.norm(dim=(2, 3)))
-            errors.append(torch.cat(row))
-    finally:
-        reading.rewind(mark)
+    for layer_idx in range(ahead.num_layers):
+        queries, keys, values = ahead.layer(layer_idx)
+        if queries.shape[2] < new:
+            raise ValueError(
+                f"attention_error: reading must keep at least {new} queries, as there are next tokens, got {queries.shape[2]}"
+            )
+        queries = queries[:, :, -new:]
+        full = attend(queries, keys, values, softmax_scale=ahead.softmax_scale).float()
+        row = []
+        for cache in caches:
+            layer = cache.layers[layer_idx]
+            assert isinstance(layer, CompressedLayer)
+            assert layer.store is not None
+            store = deepcopy(layer.store)
+            store.append(keys[:, :, seen:], values[:, :, seen:])
+            got = store.attend(queries, softmax_scale=ahead.softmax_scale).float()
+            row.append((full - got).norm(dim=(2, 3)) / full.norm(dim=(2, 3)))
+        errors.append(torch.cat(row))
     return torch.stack(errors, 1)

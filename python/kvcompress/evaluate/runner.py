@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.cache import DenseStore
-from kvcompress.evaluate.reading import Reading, compress_directly, replayable
-from kvcompress.evaluate.tasks import Sample, Tokens, by_context, encode
+from kvcompress.evaluate.reading import Prompts, feed, read, replayable
+from kvcompress.evaluate.tasks import Sample, Tokens, encode
 from kvcompress.methods import Method
 from kvcompress.models import CompressedCache, attach
 from kvcompress.models.layer import CompressedLayer
-from kvcompress.when import EveryStep
 
 __all__ = ["Candidate", "Record", "evaluate"]
 
@@ -51,7 +49,7 @@ class Record:
         prompt_tokens: tokens that were compressed.
         entries: kept of them, the mean over layers and heads.
         end_entries: held when the last token of the answer was predicted: what was fed came on top, unless it was evicted again.
-        bytes: of the cache after the cut, without room for new tokens.
+        bytes: of the cache after the cut, without room for new tokens: K, V, positions, and what the method keeps beside them.
         prefill_s, compress_s, decode_s: seconds to read the prompt, to compress it, and for each decoded token; None where
             not measured.
         scorer: what the choice was based on.
@@ -101,16 +99,17 @@ def evaluate(
     candidates: Sequence[Candidate],
     *,
     question_visible: Sequence[bool] = (True, False),
-    batch: int = 8,
+    batch: int | None = None,
     timed: int = 2,
     done: Set[tuple[Any, ...]] = frozenset(),
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Record]:
-    """Asks every question of every candidate, context by context.
+    """Asks every question of every candidate.
 
     Visible: context and question are compressed, then ``answer_prefix`` and the answer follow. Hidden: the context alone is
     compressed, and all its questions are asked on copies of the same cache. Positions go on from the uncompressed
-    length. The prompt attends in full, so it is read once and compressed by every candidate.
+    length. The prompt attends in full, so it is read once and compressed by every candidate; prompts of the same length
+    are rows of one batch, from reading to the answer.
 
     The answer is fed to the model in one pass, all of whose first choices must be right: for methods that cut once that is
     the same as greedy decoding. Methods that evict while decoding are fed token by token.
@@ -121,287 +120,349 @@ def evaluate(
         samples: questions; those of one context are worked on together.
         candidates: methods with budgets.
         question_visible: which of the two modes.
-        batch: most rows (caches, questions) in one forward.
-        timed: samples of a candidate, length and mode that are timed: scored afresh and decoded token by token.
+        batch: most questions that are worked on together; None: what suits the device. It changes no result but by rounding.
+        timed: samples of a candidate, length and mode that are timed: alone, scored afresh and decoded token by token.
         done: keys of records that are there already.
         on_step: is called with the number of measurements that were made or skipped.
 
     Yields:
-        One `Record` a sample, candidate and mode.
+        One `Record` a sample, candidate and mode; timed ones first.
     """
-    direct = {c for c in candidates if c.method is not None and not replayable(c.method, model.config)}
-    clock = _Clock(timed)
+    contexts = _contexts(samples, tokenizer)
+    todo = [
+        (visible, number, question.sample.id)
+        for context in contexts
+        for question in context.questions
+        for visible in question_visible
+        for number, candidate in enumerate(candidates)
+        if _key(candidate, question.sample, visible) not in done
+    ]
+    on_step(len(samples) * len(candidates) * len(question_visible) - len(todo))
+    run = _Run(model, candidates, set(todo), batch)
     with attach(model), torch.inference_mode():
-        for group in by_context(samples):
-            todo = [
-                (visible, candidate, sample)
-                for visible in question_visible
-                for candidate in candidates
-                for sample in group
-                if _key(candidate, sample, visible) not in done
-            ]
-            on_step(len(group) * len(candidates) * len(question_visible) - len(todo))
-            if todo:
-                for records in _Context(model, tokenizer, group, candidates, direct, batch, clock).run(todo):
-                    yield from records
-                    on_step(len(records))
+        for records in itertools.chain(run.alone(contexts, timed), run.together(contexts)):
+            yield from records
+            on_step(len(records))
 
 
 def _key(candidate: Candidate, sample: Sample, visible: bool) -> tuple[Any, ...]:
     return (str(candidate), candidate.budget, sample.id, visible)
 
 
-class _Clock:
-    """Which measurements are timed: the first ones of each kind."""
+@dataclass(frozen=True)
+class _Question:
+    sample: Sample
+    tokens: Tokens
 
-    def __init__(self, timed: int) -> None:
-        self._timed = timed
-        self._counts: dict[Any, int] = {}
+    def before(self, visible: bool) -> list[int]:
+        """What stands between the compressed prompt and the answer."""
+        return self.tokens.prefix if visible else [*self.tokens.question, *self.tokens.prefix]
 
-    def take(self, candidate: Candidate, sample: Sample, visible: bool) -> bool:
-        key = (candidate, sample.length, visible)
-        self._counts[key] = self._counts.get(key, 0) + 1
-        return self._counts[key] <= self._timed
-
-
-@dataclass
-class _Asked:
-    """Questions to one cache."""
-
-    candidate: Candidate
-    samples: list[Sample]
-    tokens: list[Tokens]
-    visible: bool
-    cache: CompressedCache
-    prompt_tokens: int
-    entries: float
-    nbytes: int
-    scorer: str
-    prefill_s: float | None
-    compress_s: float | None
-
-    @property
-    def alone(self) -> bool:
-        """Whether it must be decoded from token by token: to be timed, or because it evicts."""
-        return self.compress_s is not None or not self.cache.layers[0].is_croppable
+    def fed(self, visible: bool) -> int:
+        """How many tokens go in behind the compressed prompt before the answer's last one is predicted."""
+        return len(self.before(visible)) + len(self.tokens.answer) - 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Context:
-    """The work on one context."""
+    ids: list[int]
+    questions: list[_Question]
+
+
+def _contexts(samples: Iterable[Sample], tokenizer: Any) -> list[_Context]:
+    """Contexts with their questions, in order of first appearance."""
+    contexts: dict[tuple[Any, ...], _Context] = {}
+    for sample in samples:
+        tokens = encode(sample, tokenizer)
+        key = (sample.context_id, sample.length, tuple(tokens.context))
+        contexts.setdefault(key, _Context(tokens.context, [])).questions.append(_Question(sample, tokens))
+    return list(contexts.values())
+
+
+@dataclass
+class _Run:
+    """The measurements that are to be made, and the making of them.
+
+    Attributes:
+        todo: mode, number of the candidate and id of the sample of each one left.
+        batch: most questions in one forward; None: see `_suitable`.
+    """
 
     model: Any
-    tokenizer: Any
-    group: list[Sample]
     candidates: Sequence[Candidate]
-    direct: Set[Candidate]
-    batch: int
-    clock: _Clock
+    todo: set[tuple[bool, int, str]]
+    batch: int | None
 
-    def run(self, todo: Sequence[tuple[bool, Candidate, Sample]]) -> Iterator[list[Record]]:
-        self.encoded = {sample.id: encode(sample, self.tokenizer) for sample in self.group}
-        methods = [c.method for c in self.candidates if c.method is not None and c not in self.direct]
-        started = _now(self.model)
-        reading = Reading(self.model, self.encoded[self.group[0].id].context, methods)
-        self.read_s = _now(self.model) - started
-        mark = reading.mark()
-        self.full: dict[str, Tensor] = {}
-        for sample in {item[2].id: item[2] for item in todo}.values():
-            tokens = self.encoded[sample.id]
-            logits = reading.read([*tokens.question, *tokens.prefix, *tokens.answer[:-1]])
-            self.full[sample.id] = logits[-len(tokens.answer) :].float().log_softmax(-1)
-            reading.rewind(mark)
+    def __post_init__(self) -> None:
+        self._methods = [c.method for c in self.candidates if c.method is not None]
+        self._modes = sorted({visible for visible, _, _ in self.todo})
+        self._in_batches = replayable(self.model.config)
 
-        waiting: list[_Asked] = []
-        rows = 0
-        for asked in self._compressed(reading, mark, todo):
-            if asked.alone:
-                one, decode_s = _step_by_step(self.model, asked.cache, asked.tokens[0])
-                yield self._records(asked, [one], decode_s, [_entries(asked.cache)])
+    # --- which questions together
+
+    def alone(self, contexts: Sequence[_Context], timed: int) -> Iterator[list[Record]]:
+        """The first `timed` measurements of each candidate, length and mode, one by one and with their times."""
+        taken: dict[Any, int] = {}
+        for context, question, visible in ((c, q, v) for c in contexts for q in c.questions for v in self._modes):
+            own = []
+            for number in range(len(self.candidates)):
+                kind = (number, question.sample.length, visible)
+                if taken.get(kind, 0) < timed and (visible, number, question.sample.id) in self.todo:
+                    taken[kind] = taken.get(kind, 0) + 1
+                    own.append(number)
+            if own:
+                prompt = [*context.ids, *(question.tokens.question if visible else [])]
+                started = _now(self.model)
+                prompts = read(self.model, [prompt], self._methods)
+                yield from self._ask(prompts, [(0, question)], visible, own, _now(self.model) - started)
+
+    def together(self, contexts: Sequence[_Context]) -> Iterator[list[Record]]:
+        """All others, in batches of contexts with all their questions."""
+        left = {sample for _, _, sample in self.todo}
+        batch: list[_Context] = []
+        for context in contexts:
+            own = _Context(context.ids, [q for q in context.questions if q.sample.id in left])
+            if own.questions and batch and not self._fit([*batch, own]):
+                yield from self._read(batch)
+                batch = []
+            if own.questions:
+                batch.append(own)
+        if batch:
+            yield from self._read(batch)
+
+    def _fit(self, contexts: Sequence[_Context]) -> bool:
+        """Whether these contexts are read together: of one length, and with not too many questions."""
+        lengths = {context.questions[0].sample.length for context in contexts}
+        most = self._most(max(len(context.ids) for context in contexts))
+        return len(lengths) == 1 and self._in_batches and sum(len(c.questions) for c in contexts) <= most
+
+    def _most(self, tokens: int) -> int:
+        """Most questions in one forward. Where layers slide over their prompt, padding would count as a part of it."""
+        return (self.batch or _suitable(self.model, tokens)) if self._in_batches else 1
+
+    def _read(self, contexts: Sequence[_Context]) -> Iterator[list[Record]]:
+        """All that is left to ask about these contexts."""
+        prompts = read(self.model, [context.ids for context in contexts], self._methods)
+        questions = [(row, question) for row, context in enumerate(contexts) for question in context.questions]
+        numbers, most = range(len(self.candidates)), self._most(max(prompts.lengths))
+        for part in (questions[first : first + most] for first in range(0, len(questions), most)):
+            if False in self._modes:
+                yield from self._ask(prompts, part, False, numbers)
+            if True in self._modes:
+                rows = [row for row, _ in part]
+                whole = prompts.extended([question.tokens.question for _, question in part], rows)
+                yield from self._ask(whole, [(i, question) for i, (_, question) in enumerate(part)], True, numbers)
+
+    # --- asking
+
+    def _ask(
+        self,
+        prompts: Prompts,
+        asked: Sequence[tuple[int, _Question]],
+        visible: bool,
+        numbers: Iterable[int],
+        prefill_s: float | None = None,
+    ) -> Iterator[list[Record]]:
+        """Questions, each on a row of the prompts, to one candidate after the other; timed where `prefill_s` is."""
+        full: Tensor | None = None
+        for number in numbers:
+            mine = [i for i, (_, q) in enumerate(asked) if (visible, number, q.sample.id) in self.todo]
+            if not mine:
                 continue
-            waiting.append(asked)
-            rows += len(asked.tokens)
-            if rows >= self.batch:
-                yield from self._flush(waiting)
-                waiting, rows = [], 0
-        yield from self._flush(waiting)
+            if full is None:
+                rows, questions = [row for row, _ in asked], [question for _, question in asked]
+                room = max(question.fed(visible) for question in questions)
+                cache = _picked(prompts.compress(None, reserve=room), rows)
+                full = _at_once(self.model, cache, questions, visible).float().log_softmax(-1)
+            part = [asked[i] for i in mine]
+            yield self._measure(prompts, part, visible, self.candidates[number], full[mine], prefill_s)
+            self.todo -= {(visible, number, question.sample.id) for _, question in part}
 
-    def _flush(self, waiting: Sequence[_Asked]) -> Iterator[list[Record]]:
-        """One forward for all that can share one: caches of the same prompt, of plain stores of as many heads."""
-        shared: dict[Any, list[_Asked]] = {}
-        for asked in waiting:
-            shared.setdefault(_kind(asked), []).append(asked)
-        for own in shared.values():
-            pairs = [(asked.cache, tokens) for asked in own for tokens in asked.tokens]
-            logits = _at_once(self.model, pairs)
-            for asked in own:
-                held = [asked.entries + tokens.fed for tokens in asked.tokens]
-                yield self._records(asked, logits[: len(asked.tokens)], None, held)
-                logits = logits[len(asked.tokens) :]
-
-    def _compressed(
-        self, reading: Reading, mark: Any, todo: Sequence[tuple[bool, Candidate, Sample]]
-    ) -> Iterator[_Asked]:
-        """Every cache that questions are put to: hidden ones first, then one a question."""
-        for candidate in self.candidates:
-            left = [sample for visible, other, sample in todo if not visible and other is candidate]
-            evicts = candidate.method is not None and isinstance(candidate.method.stages().when, EveryStep)
-            while left:
-                timed = self.clock.take(candidate, left[0], False)
-                size = 1 if timed or evicts else self.batch
-                now, left = left[:size], left[size:]
-                yield self._compress(reading, candidate, now, False, self.read_s, timed)
-        for sample in self.group:
-            asked = [candidate for visible, candidate, other in todo if visible and other is sample]
-            if not asked:
-                continue
-            started = _now(self.model)
-            if self.encoded[sample.id].question:
-                reading.read(self.encoded[sample.id].question)
-            read_s = self.read_s + _now(self.model) - started
-            for candidate in asked:
-                timed = self.clock.take(candidate, sample, True)
-                yield self._compress(reading, candidate, [sample], True, read_s, timed)
-            reading.rewind(mark)
-
-    def _compress(
-        self, reading: Reading, candidate: Candidate, samples: list[Sample], visible: bool, read_s: float, timed: bool
-    ) -> _Asked:
-        """The cache of what was read, with the questions on it."""
-        started = _now(self.model)
-        if candidate in self.direct:
-            cache = compress_directly(self.model, reading.tokens, candidate.method)
-        else:
-            cache = reading.compress(candidate.method, fresh=timed)
-        compress_s = _now(self.model) - started
-        encoded = [self.encoded[sample.id] for sample in samples]
-        if visible:
-            encoded = [Tokens(tokens.context, [], tokens.prefix, tokens.answer) for tokens in encoded]
-        stats = cache.stats()
-        return _Asked(
-            candidate=candidate,
-            samples=samples,
-            tokens=encoded,
-            visible=visible,
-            cache=cache,
-            prompt_tokens=len(reading.tokens),
-            entries=_entries(cache),
-            nbytes=stats.nbytes,
-            scorer=stats.layers[0].scorer,
-            prefill_s=read_s if timed else None,
-            compress_s=compress_s if timed else None,
-        )
-
-    def _records(
-        self, asked: _Asked, logits: Sequence[Tensor], decode_s: float | None, held: Sequence[float]
+    def _measure(
+        self,
+        prompts: Prompts,
+        asked: Sequence[tuple[int, _Question]],
+        visible: bool,
+        candidate: Candidate,
+        full: Tensor,
+        prefill_s: float | None,
     ) -> list[Record]:
+        """Questions to one candidate. `full` is what the full cache says of each answer, see `_at_once`."""
+        started = _now(self.model)
+        room = max(question.fed(visible) for _, question in asked)
+        cache = prompts.compress(candidate.method, reserve=room, fresh=prefill_s is not None)
+        compress_s = None if prefill_s is None else _now(self.model) - started
+        rows, questions = [row for row, _ in asked], [question for _, question in asked]
+        scorers = {row: cache.scorer(row) for row in set(rows)}
+        sizes = {row: (*size, scorers[row]) for row, size in _sizes(cache, sorted(scorers)).items()}
+        cache, decode_s = _picked(cache, rows), None
+        if prefill_s is not None or _evicts(cache):
+            logits, held, decode_s = _step_by_step(self.model, cache, questions, visible)
+        else:
+            logits = _at_once(self.model, cache, questions, visible)
+            held = [sizes[row][0] + question.fed(visible) for row, question in asked]
         records = []
-        for sample, tokens, own, end_entries in zip(asked.samples, asked.tokens, logits, held):
-            truth = torch.tensor(tokens.answer, device=own.device)
-            full, logp = self.full[sample.id], own.float().log_softmax(-1)
-            right = int((logp.argmax(-1) == truth).sum())
+        for (row, question), figures, end_entries in zip(asked, _figures(logits, full, questions), held):
+            sample, (entries, nbytes, scorer) = question.sample, sizes[row]
             records.append(
                 Record(
-                    method=asked.candidate.name,
-                    parameters=str(asked.candidate),
-                    budget=asked.candidate.budget,
+                    method=candidate.name,
+                    parameters=str(candidate),
+                    budget=candidate.budget,
                     id=sample.id,
                     context_id=sample.context_id,
                     task=sample.task,
                     length=sample.length,
                     depth=sample.depth,
-                    question_visible=asked.visible,
-                    right=right == len(tokens.answer),
-                    tokens_right=right,
-                    tokens=len(tokens.answer),
-                    agreement=(logp.argmax(-1) == full.argmax(-1)).float().mean().item(),
-                    kl=max(0.0, F.kl_div(logp, full, reduction="batchmean", log_target=True).item()),
-                    nll=F.nll_loss(logp, truth).item(),
-                    prompt_tokens=asked.prompt_tokens,
-                    entries=asked.entries,
+                    question_visible=visible,
+                    **figures,
+                    prompt_tokens=prompts.lengths[row],
+                    entries=entries,
                     end_entries=end_entries,
-                    bytes=asked.nbytes,
-                    prefill_s=asked.prefill_s,
-                    compress_s=asked.compress_s,
-                    decode_s=None if asked.compress_s is None else decode_s,
-                    scorer=asked.scorer,
+                    bytes=nbytes,
+                    prefill_s=prefill_s,
+                    compress_s=compress_s,
+                    decode_s=None if prefill_s is None else decode_s,
+                    scorer=scorer,
                 )
             )
         return records
 
 
-def _entries(cache: CompressedCache) -> float:
-    """What a cache holds, the mean over layers, heads and rows."""
-    layers = [sum(layer.entries) / len(layer.entries) for layer in cache.stats().layers]
-    return sum(layers) / len(layers)
+def _suitable(model: Any, tokens: int) -> int:
+    """How many prompts of so many tokens are worked on together.
 
-
-def _kind(asked: _Asked) -> Any:
-    """What caches must have in common to be put into one batch; one that is not plain goes alone."""
-    shapes = []
-    for layer in asked.cache.layers:
-        store = getattr(layer, "store", None)
-        if type(store) is not DenseStore or store.extra:
-            return asked.cache
-        shapes.append(store.keys.shape[1])
-    return asked.prompt_tokens, tuple(shapes)
-
-
-def _at_once(model: Any, pairs: Sequence[tuple[CompressedCache, Tokens]]) -> list[Tensor]:
-    """Logits of each answer's tokens ``[n, vocabulary]``, a row for each cache and question, in one forward."""
-    rows = [[*tokens.question, *tokens.prefix, *tokens.answer[:-1]] for _, tokens in pairs]
-    longest, seen, device = max(map(len, rows)), pairs[0][0].get_seq_length(), model.device
-    cache = _stacked(model.config, [cache for cache, _ in pairs], longest)
-    padding = [longest - len(row) for row in rows]
-    ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows)], device=device)
-    order = torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
-    options: dict[str, Any] = {"position_ids": seen + order.clamp(min=0)}
-    if any(padding):
-        options["attention_mask"] = torch.cat([order.new_ones(len(rows), seen), (order >= 0).to(order.dtype)], 1)
-    keep = max(len(tokens.answer) for _, tokens in pairs)
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **options).logits
-    return [own[-len(tokens.answer) :] for own, (_, tokens) in zip(logits, pairs)]
-
-
-def _stacked(config: Any, caches: Sequence[CompressedCache], room: int) -> CompressedCache:
-    """Caches of the same prompt as the rows of one, with room for new tokens; nothing is evicted from it.
-
-    The same cache several times, of whatever store, becomes as many rows and is not fit for anything else then.
+    On a GPU a batch costs hardly more than a row as long as the model is small, because the host is what limits; rows are as many as
+    leave room for some copies of their caches and for what a forward holds. On a CPU every row costs its own arithmetic, and
+    few rows stay in its caches.
     """
-    if all(cache is caches[0] for cache in caches):
-        if len(caches) > 1:
-            caches[0].batch_repeat_interleave(len(caches))
-        return caches[0]
-    out = CompressedCache(config)
-    for index, layer in enumerate(out.layers):
-        assert isinstance(layer, CompressedLayer)
-        own = [part for cache in caches if isinstance(part := cache.layers[index], CompressedLayer)]
-        stores = [part.store for part in own if part.store is not None]
-        longest = max(store.max_length for store in stores) + room
-        held = {}
-        for name in ("keys", "values", "positions"):
-            first = stores[0].tensors[name]
-            held[name] = first.new_zeros((len(stores), first.shape[1], longest, *first.shape[3:]))
-            for row, store in enumerate(stores):
-                held[name][row, :, : store.max_length] = store.tensors[name][0, :, : store.max_length]
-        lengths, seen = ([n for store in stores for n in getattr(store, name)] for name in ("lengths", "seen"))
-        layer.store = DenseStore(held["keys"], held["values"], held["positions"], lengths, seen=seen)
-        layer.columns, layer.prompt_over = own[0].columns, True
-    return out
+    if model.device.type != "cuda":
+        return _CPU_ROWS
+    config = model.config.get_text_config(decoder=True)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    entry = 2 * config.num_hidden_layers * heads * dim
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(_GPU_ROWS, free // (tokens * model.dtype.itemsize * (_COPIES * entry + 4 * wide))))
 
 
-def _step_by_step(model: Any, cache: CompressedCache, tokens: Tokens) -> tuple[Tensor, float | None]:
-    """The same for one question, token by token, and the seconds that each token took."""
+_CPU_ROWS, _GPU_ROWS = 4, 128
+_COPIES = 8  # of each row's whole cache: read, aligned, with its question, in a cut that is still to come, and room
 
-    def step(ids: list[int]) -> Tensor:
-        given = torch.tensor([ids], device=model.device)
-        return model(given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0]
 
-    logits = [step([*tokens.question, *tokens.prefix])]
+def _picked(cache: CompressedCache, rows: Sequence[int]) -> CompressedCache:
+    """The cache whose row i is the old row ``rows[i]``."""
+    cache.batch_select_indices(torch.tensor(rows))
+    return cache
+
+
+def _layers(cache: CompressedCache) -> list[CompressedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+
+
+def _stores(cache: CompressedCache) -> list[Any]:
+    return [layer.store for layer in _layers(cache)]
+
+
+def _evicts(cache: CompressedCache) -> bool:
+    """Whether entries leave while decoding."""
+    return not all(layer.is_croppable for layer in _layers(cache))
+
+
+def _sizes(cache: CompressedCache, rows: Iterable[int]) -> dict[int, tuple[float, int]]:
+    """Entries of these rows, the mean over layers and heads, and their bytes without room and counters.
+
+    Layers that are not compressed count with all their bytes: their caches have one row only.
+    """
+    nbytes = 0
+    if len(_layers(cache)) < len(cache.layers):
+        stats = cache.stats()
+        nbytes = stats.nbytes - sum(layer.nbytes for layer in stats.layers)
+    held = [
+        (store.head_lengths, store.entry_nbytes, sum(t[:1].nbytes for t in store.extra.values()))
+        for store in _stores(cache)
+    ]
+    return {
+        row: (
+            sum(sum(heads[row]) / len(heads[row]) for heads, _, _ in held) / len(held),
+            nbytes + sum(sum(heads[row]) * entry + extra for heads, entry, extra in held),
+        )
+        for row in rows
+    }
+
+
+def _at_once(model: Any, cache: CompressedCache, questions: Sequence[_Question], visible: bool) -> Tensor:
+    """Logits that predict each answer, in one forward: ``[batch, longest answer, vocabulary]``, each row's in its last columns."""
+    rows = [[*question.before(visible), *question.tokens.answer[:-1]] for question in questions]
+    keep = max(len(question.tokens.answer) for question in questions)
+    return feed(model, cache, rows, _seen(cache), keep)
+
+
+def _step_by_step(
+    model: Any, cache: CompressedCache, questions: Sequence[_Question], visible: bool
+) -> tuple[Tensor, list[float], float | None]:
+    """The same token by token, what each row held when its last one was predicted, and the seconds that a token took."""
+    answers = [question.tokens.answer for question in questions]
+    longest = max(map(len, answers))
+    logits = [feed(model, cache, [question.before(visible) for question in questions], _seen(cache))]
+    held = [0.0] * len(answers)
     started = _now(model)
-    logits += [step([token]) for token in tokens.answer[:-1]]
-    spent = _now(model) - started
-    return torch.cat(logits), spent / (len(logits) - 1) if len(logits) > 1 else None
+    for step in range(longest):
+        ends = [row for row, answer in enumerate(answers) if len(answer) == step + 1]
+        spent = _now(model) - started if ends else 0.0
+        for row, (entries, _) in _sizes(cache, ends).items() if ends else ():
+            held[row] = entries
+        if step + 1 < longest:  # a row that has ended goes on with any token: rows do not see each other
+            given = [answer[min(step, len(answer) - 1) :][:1] for answer in answers]
+            logits.append(feed(model, cache, given, _seen(cache)))
+    all_steps = torch.cat(logits, 1)
+    rolled = [row.roll(longest - len(answer), 0) for row, answer in zip(all_steps, answers)]
+    return torch.stack(rolled), held, spent / (longest - 1) if longest > 1 else None
+
+
+def _seen(cache: CompressedCache) -> list[int]:
+    return list(_stores(cache)[0].seen)
+
+
+_LOGITS = 1 << 24  # that are widened at a time
+
+
+def _figures(logits: Tensor, full: Tensor, questions: Sequence[_Question]) -> list[dict[str, Any]]:
+    """The figures of a `Record` that compare logits with the answer and with the full cache's log-probabilities.
+
+    Both ``[batch, n, vocabulary]``, each answer in a row's last columns; `full` may have more columns in front.
+    """
+    counts = [len(question.tokens.answer) for question in questions]
+    longest = max(counts)
+    logits, full = logits[:, -longest:], full[:, -longest:]
+    ids = [[0] * (longest - len(q.tokens.answer)) + list(q.tokens.answer) for q in questions]
+    truth = torch.tensor(ids, device=logits.device)
+    place = torch.arange(longest, device=logits.device)
+    real = place >= longest - torch.tensor(counts, device=logits.device)[:, None]
+    sums: list[list[float]] = []
+    rows = max(1, _LOGITS // max(1, logits[0].numel()))
+    for own, whole, answer, counted in zip(*(t.split(rows) for t in (logits, full, truth, real))):
+        logp = own.float().log_softmax(-1)
+        best = logp.argmax(-1)
+        parts = [
+            best == answer,
+            best == whole.argmax(-1),
+            (whole.exp() * (whole - logp)).sum(-1),
+            -logp.gather(-1, answer[..., None])[..., 0],
+        ]
+        sums += torch.stack([torch.where(counted, part, 0).double().sum(1) for part in parts], 1).tolist()
+    return [
+        {
+            "right": right == count,
+            "tokens_right": int(right),
+            "tokens": count,
+            "agreement": agree / count,
+            "kl": max(0.0, kl / count),
+            "nll": nll / count,
+        }
+        for (right, agree, kl, nll), count in zip(sums, counts)
+    ]
 
 
 def _now(model: Any) -> float:

@@ -55,7 +55,7 @@ def tune(
     max_loss: float,
     metric: Metric = "accuracy",
     question_visible: bool = False,
-    batch: int = 4,
+    batch: int | None = None,
     on_round: Callable[[int], None] = lambda _: None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> tuple[Point | None, list[Point]]:
