@@ -1,11 +1,10 @@
 """The board: every method of the registry on kvc-mini, at four budgets, question visible and hidden, beside the peers' figures.
 
-    python bench/quality.py --jobs 2                 # measures; writes bench/results/quality_kvc_mini.json
-    python bench/quality.py --jobs 16 --device cuda  # the same on a GPU
-    python bench/quality.py --table                  # that file as the README's table
-    python bench/quality.py --plot board.png         # accuracy over entries kept
+    python bench/quality.py          # all of it, on the GPU if there is one; writes bench/results/quality_kvc_mini.json and .png
+    python bench/quality.py --table  # that file as the README's tables
 
-It can be ended and started again: what was measured is kept in --records and skipped.
+It can be ended and started again: what was measured is kept in --records and skipped. Where a peer's figure for the same method
+is above our interval, or is of another number of entries, it says so, and the file does (`behind_peers`).
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,14 +41,17 @@ PEERS = {
     "adakv_expected": "adakv+expected_attention:floor=0.2:rounding=safeguard",
     "kvzip": "kvzip",
 }
-# Beside the defaults: settings that suit this model's short questions, and one of several methods together.
+# Beside the defaults: settings that suit this model's short questions, one of several methods together, and methods that cut the
+# prompt by default, here evicting with every decoded token as well.
 MORE = (
     "squeeze_attention+snapkv:window=16", "zigzagkv+snapkv:window=16", "chunkkv:window=16", "obcache:window=16",
-    "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0",
+    "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0", "auto:lookahead=16",
+    "h2o:decode=True", "tova:decode=True", "obcache:decode=True",
 )  # fmt: skip
-# Not a line each: what evicts while decoding is the same at the end of the prompt, where these answers begin.
-LATER = ("prefill_decode", "while_decoding", "morphkv")
 TIMED_AT = 0.1  # the share at which methods are timed, by a process alone
+# Tokens of prompts that a process takes at a time. On a GPU, reading, cuts and scores of so many take about 16 GiB.
+TOKENS = {"cpu": 1 << 15, "cuda": 1 << 17}
+GPU_PROCESS = 24 << 30  # bytes of the GPU's memory for each process
 
 
 def board(words: str | None) -> list[str]:
@@ -56,8 +60,8 @@ def board(words: str | None) -> list[str]:
     known = methods.available()
     if words:
         return words.split(",")
-    peers = [name for name in PEERS.values() if name.split(":")[0] in known]
-    return list(dict.fromkeys([*(name for name in known if name not in LATER), *peers, *MORE]))
+    peers = [name for name in PEERS.values() if set(name.split(":")[0].split("+")) <= set(known)]
+    return list(dict.fromkeys([*known, *peers, *MORE]))
 
 
 _worker: dict = {}
@@ -81,101 +85,167 @@ def start(args: argparse.Namespace, threads: int) -> None:
 def work(job: tuple) -> list[dict]:
     from kvcompress.evaluate import evaluate
 
-    group, modes, done = job
-    found = evaluate(
-        _worker["model"],
-        _worker["tokenizer"],
-        group,
-        _worker["candidates"],
-        question_visible=modes,
-        done=done,
-        batch=64,
-        timed=0,
-    )
+    samples, modes, done = job
+    model, tokenizer, candidates = (_worker[name] for name in ("model", "tokenizer", "candidates"))
+    found = evaluate(model, tokenizer, samples, candidates, question_visible=modes, done=done, timed=0)
     return [record.to_dict() for record in found]
 
 
-def times(args: argparse.Namespace, group: list) -> dict[str, dict]:
-    """Seconds of every method on one question at `TIMED_AT`, in this process, with nothing beside it; after a warm-up."""
+def times(args: argparse.Namespace, samples: dict[int, list]) -> dict[tuple, dict]:
+    """Seconds of every method and length at `TIMED_AT`, in this process with nothing beside it; best of three, so the first may be slow."""
     from kvcompress.evaluate import evaluate
+    from kvcompress.evaluate.metrics import summarise
 
     start(argparse.Namespace(**{**vars(args), "keep": [TIMED_AT]}), args.threads or os.cpu_count() or 1)
     model, tokenizer, candidates = (_worker[name] for name in ("model", "tokenizer", "candidates"))
-    for timed in (0, 1):
-        found = evaluate(model, tokenizer, group[:1], candidates, question_visible=[False], timed=timed)
-        seconds = {r.method: {n: getattr(r, n) for n in ("prefill_s", "compress_s", "decode_s")} for r in found}
+    seconds = {}
+    for length, own in samples.items():
+        few = [sample for sample in own if sample.task == own[0].task][:3]
+        for run in summarise(evaluate(model, tokenizer, few, candidates, question_visible=[False], timed=3)):
+            seconds[run["method"], length] = {n: run[n] for n in ("prefill_s", "compress_s", "decode_s")}
+    _worker.clear()
     return seconds
 
 
+def jobs_of(groups: list, modes: tuple, done: set, tokens: int) -> list[tuple]:
+    """Contexts with all their questions, put together up to so many tokens of prompts of one length; the long ones first."""
+    parts: list[list] = []
+    for group in sorted(groups, key=lambda group: -group[0].length):
+        most = tokens // group[0].length
+        fits = parts and parts[-1][0].length == group[0].length and len(parts[-1]) + len(group) <= most
+        if fits:
+            parts[-1].extend(group)
+        else:
+            parts.append(list(group))
+    ids = [{sample.id for sample in part} for part in parts]
+    return [(part, modes, {key for key in done if key[2] in own}) for part, own in zip(parts, ids)]
+
+
+def read_records(path: Path) -> tuple[list[dict], list[dict]]:
+    """What earlier goes have measured, and what they say of themselves. A last line that was cut off is taken out of the file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+            path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    return [row for row in rows if "go" not in row], [row["go"] for row in rows if "go" in row]
+
+
 def measure(args: argparse.Namespace) -> dict:
-    from kvcompress.cli.eval import load_records
     from kvcompress.evaluate import Record, read_samples
     from kvcompress.evaluate.metrics import means
     from kvcompress.evaluate.tasks import by_context, first
 
-    held = load_records(args.records) if args.records.exists() else []
-    groups = []
-    for length in args.lengths:
-        samples = read_samples(args.tasks / f"shared_{length}.jsonl.gz")
-        groups += by_context(first(samples, args.limit or LIMITS[length]))
-    modes = {"both": (True, False), "visible": (True,), "hidden": (False,)}[args.question]
-    done = {r.key for r in held}
-    jobs = [(group, modes, {key for key in done if key[2] in {s.id for s in group}}) for group in groups]
-    jobs.sort(key=lambda job: -job[0][0].length)
-    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     started = time.perf_counter()
-    seconds = {} if args.no_times else times(args, groups[0])
-    with (
-        args.records.open("a") as sink,
-        multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool,
-    ):
-        for number, rows in enumerate(pool.imap_unordered(work, jobs), 1):
-            sink.writelines(json.dumps(row) + "\n" for row in rows)
-            sink.flush()
-            print(f"{number}/{len(jobs)} contexts, {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    wall = time.perf_counter() - started
+    held, _ = read_records(args.records)
+    samples = {
+        length: first(read_samples(args.tasks / f"shared_{length}.jsonl.gz"), args.limit or LIMITS[length])
+        for length in args.lengths
+    }
+    groups = [group for own in samples.values() for group in by_context(own)]
+    if args.contexts:
+        groups = [groups[i * len(groups) // args.contexts] for i in range(args.contexts)]
+    modes = {"both": (True, False), "visible": (True,), "hidden": (False,)}[args.question]
+    done = {Record.from_dict(row).key for row in held}
+    jobs = jobs_of(groups, modes, done, args.tokens or TOKENS[args.device.split(":")[0]])
+    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    seconds = {} if args.no_times else times(args, samples)
+    timing = time.perf_counter() - started, sum(os.times()[:4])
+    new = 0
+    with args.records.open("a") as sink:
+        with multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool:
+            for number, rows in enumerate(pool.imap_unordered(work, jobs), 1):
+                new += len(rows)
+                sink.writelines(json.dumps(row) + "\n" for row in rows)
+                sink.flush()
+                print(f"{number}/{len(jobs)} parts, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            pool.close()
+            pool.join()
+        go = {
+            "where": where(args),
+            "wall_s": round(time.perf_counter() - started, 1),
+            "cpu_s": round(sum(os.times()[:4]), 1),  # of all processes
+            "timing_s": round(timing[0], 1),  # of it, to time each method alone
+            "timing_cpu_s": round(timing[1], 1),
+            "records": new,
+        }
+        sink.write(json.dumps({"go": go}) + "\n")
+    held, goes = read_records(args.records)
     ids = {sample.id for group in groups for sample in group}
-    records = [r for r in map(Record.from_dict, map(json.loads, args.records.open())) if r.id in ids]
+    records = [record for record in map(Record.from_dict, held) if record.id in ids]
+    goes = [go for go in goes if go["records"] or len(goes) == 1]
+    whole = sum(go["records"] for go in goes) == len(held)  # nothing is of a go that was ended
+    result = {
+        "what": about(args, samples, groups),
+        "goes": goes,
+        "wall_s": round(sum(go["wall_s"] for go in goes), 1) if whole else None,
+        "lines": lines_of(means(records), records, seconds, board(args.methods)),
+    }
+    return {**result, "behind_peers": behind(result)}
+
+
+def about(args: argparse.Namespace, samples: dict[int, list], groups: list) -> dict:
+    """What was asked: enough to see whether two boards are of the same questions."""
+    asked = {sample.id for group in groups for sample in group}
+    counts = {str(length): sum(sample.id in asked for sample in own) for length, own in samples.items()}
+    all_of = {str(length): len(own) for length, own in samples.items()}
+    return {
+        "model": Path(args.model).name,
+        "questions": counts,
+        "of": all_of,
+        "contexts": len(groups),
+        "keep": args.keep,
+    }
+
+
+def lines_of(lines: list[dict], records: list, seconds: dict, names: list[str]) -> list[dict]:
+    """The means with their tasks and times, in the order of the board."""
     tasks: dict = {}
     for r in records:
         key = (r.method, r.budget, r.length, r.question_visible)
         tasks.setdefault(key, {}).setdefault(r.task, []).append(r.right)
-    lines = means(records)
     for line in lines:
         own = tasks[line["method"], line["budget"], line["length"], line["question_visible"]]
         line["tasks"] = {task: round(sum(right) / len(right), 4) for task, right in own.items()}
-        timed_at = 1.0 if line["method"] == "full" else TIMED_AT
-        if line["budget"] == timed_at and line["length"] == args.lengths[0] and not line["question_visible"]:
-            line.update(seconds.get(line["method"], {}))
+        if line["budget"] == (1.0 if line["method"] == "full" else TIMED_AT):
+            line.update(seconds.get((line["method"], line["length"]), {}))
         for name, value in line.items():
             line[name] = round(value, 5) if isinstance(value, float) else value
-    order = {name: place for place, name in enumerate(["full", *board(args.methods)])}
-    lines.sort(key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"]))
-    return {"where": where(args), "wall_s": None if held else round(wall, 1), "lines": lines}
-
-
-def joined(old: dict, new: dict) -> dict:
-    """The lines of both; of what both have, the new ones. Every line says which run it is of."""
-    runs = old.get("runs") or [{name: old.get(name) for name in ("where", "wall_s", "note") if name in old}]
-    runs = [*runs, {name: new[name] for name in ("where", "wall_s")}]
-
-    def kind(line: dict) -> tuple:
-        return line["method"], line["budget"], line["length"], line["question_visible"]
-
-    measured = {kind(line) for line in new["lines"]}
-    lines = [{"run": 0, **line} for line in old["lines"] if kind(line) not in measured]
-    lines += [{"run": len(runs) - 1, **line} for line in new["lines"]]
-    order = {name: place for place, name in enumerate(["full", *board(None)])}
-    lines.sort(key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"]))
-    return {"runs": runs, "lines": lines}
+    order = {name: place for place, name in enumerate(["full", *names])}
+    return sorted(
+        lines, key=lambda x: (x["length"], not x["question_visible"], order.get(x["method"], 99), -x["budget"])
+    )
 
 
 def where(args: argparse.Namespace) -> dict:
     import torch
 
+    import kvcompress
+
     cuda = str(args.device).startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"device": device, "jobs": args.jobs, "torch": torch.__version__, "dtype": "float32"}
+    cores = f"{processor()}, {os.cpu_count()} cores"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cores,
+        **({"host": cores} if cuda else {}),
+        "processes": args.jobs,
+        "kvcompress": kvcompress.__version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+        "dtype": "float32",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0].strip() if names else platform.machine()
 
 
 def peers() -> list[dict]:
@@ -193,7 +263,8 @@ def table(result: dict, length: int) -> str:
     named = {words: peer for peer, words in PEERS.items()}
     columns = [(visible, keep) for visible in (True, False) for keep in KEEP]
     heads = [f"{'visible' if visible else 'hidden'} {100 * keep:.0f} %" for visible, keep in columns]
-    rows = ["| method | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(columns)]
+    heads += ["compress, ms", "decode, ms"]
+    rows = ["| method | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     for method, cells in ours.items():
         shown = []
         for visible, keep in columns:
@@ -201,14 +272,45 @@ def table(result: dict, length: int) -> str:
             text = "" if line is None else f"{100 * line['accuracy']:.1f}"
             peer = theirs.get((named.get(method), visible, keep))
             shown.append(text if peer is None else f"{text} ({100 * peer:.1f})")
+        timed = cells.get((False, 1.0 if method == "full" else TIMED_AT)) or {}
+        shown += ["" if timed.get(n) is None else f"{1000 * timed[n]:.1f}" for n in ("compress_s", "decode_s")]
         name, *settings = method.split(":")
         rows.append(f"| `{name}`{' ' + ', '.join(settings) if settings else ''} | " + " | ".join(shown) + " |")
     for peer in dict.fromkeys(x["method"] for x in peers() if x["method"] not in ("full",)):
         if PEERS.get(peer) not in ours:
             cells = [theirs.get((peer, *column)) for column in columns]
             shown = ["" if cell is None else f"({100 * cell:.1f})" for cell in cells]
-            rows.append(f"| {peer} of a peer | " + " | ".join(shown) + " |")
+            rows.append(f"| {peer} of a peer | " + " | ".join(shown) + " | | |")
     return "\n".join(rows)
+
+
+def tables(result: dict) -> str:
+    """The README's part: a table a length, where they were made, and what a part of them took on a CPU."""
+    parts = [f"{length} tokens:\n\n{table(result, int(length))}" for length in result["what"]["questions"]]
+    part = RESULTS / "quality_cpu.json"
+    return "\n\n".join([*parts, made(result), *([made(json.loads(part.read_text()))] if part.exists() else [])]) + "\n"
+
+
+def made(result: dict) -> str:
+    """Where a board was measured and how long that took; of a part of it, what all would take."""
+    what, last = result["what"], result["goes"][-1]["where"]
+    asked, total = sum(what["questions"].values()), sum(what["of"].values())
+    methods = len({line["method"] for line in result["lines"]}) - 1 if "lines" in result else what["methods"]
+    gone = [
+        f"{go['wall_s']:.0f} s ({go['cpu_s']:.0f} s of a core; of it {go['timing_s']:.0f} s to time each method alone) "
+        f"in {go['where']['processes']} processes on {go['where']['device']}"
+        for go in result["goes"]
+    ]
+    share = sum(go["cpu_s"] - go["timing_cpu_s"] for go in result["goes"]) * total / asked
+    scaled = (
+        f"; all {total} questions would be about {share:,.0f} s of a core (scaled, not measured)"
+        if asked < total
+        else ""
+    )
+    return (
+        f"{methods} methods, {asked} of {total} questions: {', then '.join(gone)}{scaled}. "
+        f"torch {last['torch']}, {last['dtype']}, {last['date']}."
+    )
 
 
 # Lines of the picture: ours by its words, and the peers' best by their names.
@@ -261,18 +363,22 @@ def draw(result: dict, path: Path) -> None:
 
 
 def behind(result: dict) -> list[str]:
-    """Where a peer's figure for the same method is above our interval."""
+    """Where a peer's figure for the same method is above our interval, or is of another number of entries."""
     found = []
+    ours = {(x["method"], x["budget"], x["length"], x["question_visible"]): x for x in result["lines"]}
     for x in peers():
-        for line in result["lines"]:
-            same = (line["method"], line["budget"], line["length"], line["question_visible"])
-            if (
-                same == (PEERS.get(x["method"]), x["keep"], x["length"], x["question_visible"])
-                and x["accuracy"] > line["high"]
-            ):
-                found.append(
-                    f"{same}: {100 * line['accuracy']:.1f} [{100 * line['high']:.1f}], peer {100 * x['accuracy']:.1f}"
-                )
+        words, keep = ("full", 1.0) if x["method"] == "full" else (PEERS.get(x["method"]), x["keep"])
+        line = ours.get((words, keep, x["length"], x["question_visible"]))
+        if line is None or line["n"] < x["n"]:
+            continue
+        name = f"{words} {100 * keep:.0f} % of {x['length']}, {'visible' if x['question_visible'] else 'hidden'}"
+        if x["accuracy"] > line["high"]:
+            found.append(
+                f"{name}: {100 * line['accuracy']:.1f} [{100 * line['low']:.1f}, {100 * line['high']:.1f}], "
+                f"peer {100 * x['accuracy']:.1f}"
+            )
+        if abs(line["kept"] - keep) > 0.02 * keep:
+            found.append(f"{name}: keeps {100 * line['kept']:.2f} %")
     return found
 
 
@@ -286,23 +392,34 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=list(KEEP))
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096])
     parser.add_argument("--limit", type=int, help="questions a task (default: 24, at 4096 tokens 12)")
+    parser.add_argument(
+        "--contexts", type=int, help="only so many contexts, evenly spread over all, to see how long it takes"
+    )
     parser.add_argument("--question", choices=["both", "visible", "hidden"], default="both")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; each holds the model")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--jobs", type=int, help="processes, each holds the model (default: the cores, or what fits into the GPU)"
+    )
     parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--tokens", type=int, help="of prompts that a process takes at a time")
     parser.add_argument("--no-times", action="store_true", help="leave out the timing of each method")
     parser.add_argument("--records", type=Path, default=RESULTS / "quality_kvc_mini.jsonl")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_kvc_mini.json")
-    parser.add_argument("--add", action="store_true", help="lines of --out that this run does not measure stay")
     parser.add_argument("--table", action="store_true", help="print --out as Markdown and end")
     parser.add_argument("--plot", type=Path, help="draw --out and end")
     args = parser.parse_args()
     if not args.table and not args.plot:
+        import torch
+
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cores = os.cpu_count() or 1
+        if args.jobs is None and args.device.startswith("cuda"):
+            args.jobs = min(cores, max(1, torch.cuda.get_device_properties(args.device).total_memory // GPU_PROCESS))
+        args.jobs = args.jobs or cores
         result = measure(args)
-        if args.add:
-            result = joined(json.loads(args.out.read_text()), result)
         rows = ",\n  ".join(json.dumps(line) for line in result.pop("lines"))
         args.out.write_text(json.dumps(result, indent=1)[:-2] + f',\n "lines": [\n  {rows}\n ]\n}}\n')
+        draw(json.loads(args.out.read_text()), args.out.with_suffix(".png"))
     result = json.loads(args.out.read_text())
     if args.plot:
         draw(result, args.plot)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bench import quality
+
 # The rows of the README's table: op, and the cases that stand for it, where they were measured.
 TABLE = {
     "cuda": [
@@ -276,7 +278,9 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
 
 
-TABLES = {"core": table, "long": long_table, "decode": decode_table, "launched": launched_table}
+TABLES = {
+    "core": table, "long": long_table, "decode": decode_table, "launched": launched_table, "board": quality.tables,
+}  # fmt: skip
 MARK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
