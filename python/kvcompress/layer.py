@@ -71,6 +71,15 @@ class LayerState:
         """What attention gave the same queries, where it is known."""
         return None if self.output is None else self.output[:, :, -size:]
 
+    def drafted(self) -> Tensor:
+        """The queries of the draft, whose rows all drafted as many tokens."""
+        if self.lookahead is None:
+            raise RuntimeError(
+                "LayerState: lookahead queries must be there at the cut: the model looks ahead when it decodes the first token "
+                "inside `with kvcompress.models.attach(model):`; the prompt cannot be cut before"
+            )
+        return self.lookahead[:, :, : self.lookahead_lengths[0]]
+
     def row(self, b: int) -> LayerState:
         """Row b as a batch of its own, without its padding; views, nothing is copied."""
         start = self.seq_len - self.lengths[b]

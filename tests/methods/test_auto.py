@@ -77,7 +77,36 @@ def test_all_layers_and_heads_share_one_total(budget, lengths, device):
         assert mine == [line[line >= 0].tolist() for line in batch.padded_positions()[1]]
 
 
+@pytest.mark.parametrize("drafted", [[5, 5, 5], [5, 3, 1]])
+@pytest.mark.parametrize("lengths", [[70, 70, 70], [70, 33, 9]])
+def test_the_queries_of_a_draft_pay_attention_too(lengths, drafted, device):
+    """They see the whole prompt; what they pay counts where it is more than the prompt's own queries pay."""
+    ahead = torch.randn(3, 4, 5, 32, device=device)
+    state = replace(layer(lengths, dtype=torch.float32, device=device), lookahead=ahead, lookahead_lengths=drafted)
+    whole, plain, keys = (
+        create("auto", budget=0.5, **parameters).stages().score
+        for parameters in ({"lookahead": 5}, {}, {"attention": 0})
+    )
+    scores = whole(state)
+    for b, (length, count) in enumerate(zip(lengths, drafted)):
+        row = state.row(b)
+        logits = ahead[b, :, :count] @ row.keys[0].repeat_interleave(2, 0).mT * state.softmax_scale
+        paid = logits.softmax(-1).unflatten(0, (2, 2)).amax((1, 2))
+        prompt = (plain(row) - keys(row))[0] / 2
+        expected = keys(row)[0] + 2 * torch.maximum(prompt, paid)
+        assert torch.allclose(scores[b, :, -length:], expected, atol=1e-5)
+        assert (paid > prompt).any()
+
+
 def test_refused():
+    with pytest.raises(ValueError, match="auto: lookahead must be at least 0, and 0 without attention"):
+        create("auto", budget=0.5, lookahead=-1)
+    with pytest.raises(ValueError, match="auto: lookahead must be at least 0, and 0 without attention"):
+        create("auto", budget=0.5, lookahead=8, attention=0)
+    with pytest.raises(RuntimeError, match="the model looks ahead when it decodes the first token"):
+        Pipeline(create("auto", budget=0.5, lookahead=8).stages(), 1).compress(
+            layer([40], dtype=torch.float32, device="cpu")
+        )
     for name, value in (("attention", -1), ("observers", 0), ("recency", -0.1), ("recent", 0)):
         with pytest.raises(ValueError, match=f"auto: {name} must be at least"):
             create("auto", budget=0.5, **{name: value})

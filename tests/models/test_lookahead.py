@@ -64,6 +64,25 @@ def test_a_padded_batch_equals_its_rows_alone(llama, name):
             assert torch.equal(cache.positions(layer)[b], alone.positions(layer)[0])
 
 
+def test_auto_with_a_draft(llama):
+    """Heads keep different numbers of entries, in the draft as in the cut; rows of a padded batch keep what they keep alone."""
+    rows = [prompt(llama, n, seed=n) for n in (90, 61, 40)]
+    ids, mask = padded(rows)
+    method = create("auto", budget=BUDGET, lookahead=4)
+    cache = cache_of(llama, method)
+    together, _ = generate(llama, cache, ids, attention_mask=mask)
+    for b, row in enumerate(rows):
+        alone = cache_of(llama, method)
+        tokens, _ = generate(llama, alone, row)
+        assert torch.equal(together[b], tokens[0])
+        for layer in range(len(cache.layers)):
+            held = [[[p for p in head if p >= 0] for head in own.positions(layer)[i].tolist()] for own, i in ((cache, b), (alone, 0))]
+            assert held[0] == held[1]
+    stores = [layer.store for layer in alone.layers]
+    decoded = stores[0].seen[0] - rows[-1].shape[1]
+    assert sum(sum(store.head_lengths[0]) for store in stores) == len(stores) * 2 * (BUDGET + decoded)
+
+
 def test_a_draft_stops_at_the_end_of_the_answer(llama):
     ids = prompt(llama, batch=2)
     ids[1] = prompt(llama, seed=5)[0]

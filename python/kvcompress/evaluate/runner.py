@@ -333,18 +333,19 @@ def _suitable(model: Any, tokens: int) -> int:
     """How many prompts of so many tokens are worked on together.
 
     On a GPU a batch costs hardly more than a row as long as the model is small, because the host is what limits; rows are as many as
-    leave room for some copies of their caches and for what a forward holds. On a CPU every row costs its own arithmetic, and
-    few rows stay in its caches.
+    leave room for copies of their caches, queries and residual streams, and for what a forward holds. On a CPU every row costs its
+    own arithmetic, and few rows stay in its caches.
     """
     if model.device.type != "cuda":
         return _CPU_ROWS
     config = model.config.get_text_config(decoder=True)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    entry = 2 * config.num_hidden_layers * heads * dim
+    held = _COPIES * 2 * heads * dim + 2 * (config.num_attention_heads * dim + 2 * config.hidden_size)
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    a_row = tokens * model.dtype.itemsize * (config.num_hidden_layers * held + 4 * wide)
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(_GPU_ROWS, free // (tokens * model.dtype.itemsize * (_COPIES * entry + 4 * wide))))
+    return max(1, min(_GPU_ROWS, free // a_row))
 
 
 _CPU_ROWS, _GPU_ROWS = 4, 128

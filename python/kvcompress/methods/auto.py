@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from kvcompress import score, select
 from kvcompress.difference import KeyDifference
 from kvcompress.heads import OneList
 from kvcompress.layer import LayerState
+from kvcompress.lookahead import Lookahead
 from kvcompress.methods import Method, register
 from kvcompress.pipeline import Stages
 
@@ -44,6 +45,9 @@ class Auto(Method):
         recent: after how many entries that has faded, in a straight line.
         sink, window: first and last entries that every head keeps.
         before_rope: looks at keys with their rotation taken back; False for models whose rotation changes with the length.
+        lookahead: that many tokens of the answer are drafted over the cache that the method keeps without them, and their queries pay
+            attention too (see `LAQ`): better with a visible question, for as many forward passes, and the prompt stays whole
+            until they are done; 0: none.
     """
 
     attention: float = 2.0
@@ -53,13 +57,18 @@ class Auto(Method):
     sink: int = 4
     window: int = 8
     before_rope: bool = True
+    lookahead: int = 0
 
     def stages(self) -> Stages:
-        return Stages(
-            score=Distinct(self.attention, self.observers, self.recency, self.recent, self.before_rope),
-            budget=OneList(self.budget),
-            select=select.TopK(sink=self.sink, window=self.window),
-        )
+        if self.lookahead < 0 or (self.lookahead and not self.attention):
+            raise ValueError(
+                f"auto: lookahead must be at least 0, and 0 without attention, got {self.lookahead} with {self.attention}"
+            )
+        score = Distinct(self.attention, self.observers, self.recency, self.recent, self.before_rope)
+        stages = Stages(score, OneList(self.budget), select.TopK(sink=self.sink, window=self.window))
+        if not self.lookahead:
+            return stages
+        return replace(stages, score=replace(score, drafted=True), lookahead=Lookahead(stages, self.lookahead))
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Distinct:
     recency: float
     recent: int
     before_rope: bool = True
+    drafted: bool = False
     by_position = False
 
     def __post_init__(self) -> None:
@@ -84,16 +94,22 @@ class Distinct:
 
     @property
     def wants_lse(self) -> bool:
-        return self.attention > 0
+        return self.attention > 0 and not self.drafted
 
     @score.row_by_row
     def __call__(self, layer: LayerState) -> Tensor:
+        if self.drafted and len(set(layer.lookahead_lengths)) > 1:  # drafts that ended at different tokens
+            return torch.cat([self(layer.row(b)) for b in range(layer.keys.shape[0])])
         scores = KeyDifference(self.before_rope)(layer)
         if self.attention and layer.seq_len:
+            query, first = layer.window(self.observers), None
+            if self.drafted:
+                query, first = torch.cat([query, layer.drafted()], 2), layer.seq_len - query.shape[2]
             scores += self.attention * score.window_scores(
-                layer.window(self.observers),
+                query,
                 layer.keys,
-                lse=layer.window_lse(self.observers),
+                lse=None if self.drafted else layer.window_lse(self.observers),
+                first_query=first,
                 num_scored=layer.seq_len,
                 window_reduce="max",
                 group_reduce="max",
@@ -104,4 +120,5 @@ class Distinct:
 
     def __str__(self) -> str:
         seen = f", attention of the last {self.observers} prompt tokens" if self.attention else ""
+        seen += " and of a draft" if self.drafted else ""
         return f"{KeyDifference(self.before_rope)}{seen}, recency"
