@@ -31,10 +31,11 @@ class Launch {
     config_.blockDim = dim3(threads);
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    config_.attrs = attributes_;
   }
-  // Blocks of a cluster, neighbours in the grid. More than 1 on sm_90 and later only.
+  // Blocks of a cluster, neighbours in the grid. More than 1 on sm_90 and later only, more than 8
+  // where fitting_clusters says that there is room.
   Launch& cluster(unsigned blocks) {
+    cluster_ = blocks;
     if (blocks > 1) {
       cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
       attribute.id = cudaLaunchAttributeClusterDimension;
@@ -53,15 +54,38 @@ class Launch {
   }
   template <typename Kernel, typename... Args>
   void operator()(const char* op, Kernel kernel, const Args&... args) {
+    prepare(op, kernel);
+    cuda_check(cudaLaunchKernelEx(&config_, kernel, args...), op);
+  }
+  // Clusters of this launch that run at once; 0 where the device has none of that size.
+  template <typename Kernel>
+  int fitting_clusters(const char* op, Kernel kernel) {
+    prepare(op, kernel);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_) != cudaSuccess) {
+      cudaGetLastError();
+      return 0;
+    }
+    return clusters;
+  }
+
+ private:
+  // What is more than a kernel gets unasked.
+  template <typename Kernel>
+  void prepare(const char* op, Kernel kernel) {
+    config_.attrs = attributes_;
     if (config_.dynamicSmemBytes > 48 << 10) {
       cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(config_.dynamicSmemBytes)),
                  op);
     }
-    cuda_check(cudaLaunchKernelEx(&config_, kernel, args...), op);
+    if (cluster_ > 8) {
+      cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 op);
+    }
   }
 
- private:
+  unsigned cluster_ = 1;
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attributes_[2]{};
 };

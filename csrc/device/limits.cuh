@@ -30,27 +30,33 @@ inline DeviceLimits lowered(DeviceLimits limits) {
   return limits;
 }
 
-inline const DeviceLimits& device_limits() {
+// ask(device), called once for each current device. F is a lambda: each keeps answers of its own.
+template <typename F>
+const auto& once_a_device(const F& ask) {
   constexpr int kMaxDevices = 64;
-  static DeviceLimits limits[kMaxDevices];
+  static decltype(ask(0)) answers[kMaxDevices];
   static std::once_flag asked[kMaxDevices];
   int device = 0;
   cuda_check(cudaGetDevice(&device), "device_limits");
   if (device >= kMaxDevices) throw std::runtime_error("device_limits: more than 64 GPUs");
-  std::call_once(asked[device], [&] {
+  std::call_once(asked[device], [&] { answers[device] = ask(device); });
+  return answers[device];
+}
+
+inline const DeviceLimits& device_limits() {
+  return once_a_device([](int device) {
     const auto ask = [&](cudaDeviceAttr attribute) {
       int value = 0;
       cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "device_limits");
       return value;
     };
-    limits[device] = lowered({
+    return lowered({
         .major = ask(cudaDevAttrComputeCapabilityMajor),
         .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
         .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
         .shared_bytes_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
     });
   });
-  return limits[device];
 }
 
 }  // namespace kvc

@@ -1,9 +1,9 @@
 // compact_ on CUDA: in place, any number of tensors in one launch, no scratch.
 //
 // Unit = a column slice of the rows of one (tensor, batch row, head). Units never touch the same
-// bytes. A unit belongs to a cluster of kBlocks blocks (a single block where units are many, and on
-// sm_80), which walks its slots in rounds of kBlocks * rows: in round r block j owns the slots
-// [(r * kBlocks + j) * rows, + rows). Each thread copies the words it owns to shared memory, rounds
+// bytes. A unit belongs to a cluster of blocks (a single block where units are many, and on sm_80),
+// which walks its slots in rounds of blocks * rows: in round r block j owns the slots
+// [(r * blocks + j) * rows, + rows). Each thread copies the words it owns to shared memory, rounds
 // ahead of the one it writes; before round r is written, a barrier of the cluster says that all its
 // blocks have read the rounds up to r. A block arrives at it as soon as its reads have landed and
 // waits a round later.
@@ -20,6 +20,7 @@
 // Bound: each moved row read once and written once; rows in place are skipped. Same bytes every
 // run.
 #include <algorithm>
+#include <array>
 
 #include "device/async.cuh"
 #include "device/cluster.cuh"
@@ -31,15 +32,24 @@
 namespace kvc {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWords = 4;   // of a thread in a round
-constexpr int kStages = 3;  // rounds in shared memory: one being written, two being read
-constexpr int kBlocksPerSm = 2;
-static_assert(kStages * kWords <= 32, "a bit a word");
+// What a block is made of. Alone it reads two rounds ahead; in a cluster, where three blocks share
+// a multiprocessor, one.
+template <bool kIsCluster>
+struct Shape {
+  static constexpr int kThreads = kIsCluster ? 512 : 1024;
+  static constexpr int kWords = kIsCluster ? 4 : 2;   // of a thread in a round
+  static constexpr int kStages = kIsCluster ? 2 : 3;  // rounds in shared memory, one being written
+  static constexpr int kRound = kThreads * kWords;
+  static_assert(kStages * kWords <= 32, "a bit a word");
+};
+
 constexpr int64_t kMostSlice = 1024;  // bytes: even of one byte each, its words fit a round
-constexpr int64_t kLeastSlice = 32;   // what one L2 access moves
-constexpr int64_t kFewRows = 4096;    // largest k that may do without a cluster
-static_assert(kMostSlice <= kThreads * kWords);
+static_assert(kMostSlice <= Shape<true>::kRound && kMostSlice <= Shape<false>::kRound);
+constexpr int64_t kBurst = 64;        // bytes: what memory moves at once
+constexpr int64_t kLeastSlice = 32;   // bytes: what L2 moves at once
+constexpr uint32_t kMostBlocks = 16;  // of a cluster
+constexpr int kMostWidth = 16;
+constexpr int64_t kFewRows = 2 * Shape<true>::kRound * kMostWidth / kBurst;  // a pair's round
 
 // How the rows of one tensor are cut.
 struct Share {
@@ -50,7 +60,7 @@ struct Share {
 struct Plan {
   Share shares[kMaxTensors];
   uint32_t units = 0;
-  int blocks = 1;  // a unit
+  uint32_t blocks = 1;  // a unit
 };
 
 // What a unit works on: a head, `base` at the unit's first column.
@@ -64,10 +74,15 @@ struct Piece : CompactHead {
   }
 };
 
-template <int kBlocks, typename Word>
-__device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block, Word* staged) {
-  const uint32_t rows = kThreads * kWords / piece.words;  // of a block in a round
-  const uint32_t step = kBlocks * rows;
+// The barriers ask only whether there is a cluster; `blocks` says how large it is.
+template <bool kIsCluster, typename Word>
+__device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block, uint32_t blocks,
+                                              Word* staged) {
+  constexpr int kBlocks = kIsCluster ? 2 : 1;
+  constexpr int kThreads = Shape<kIsCluster>::kThreads, kWords = Shape<kIsCluster>::kWords;
+  constexpr int kStages = Shape<kIsCluster>::kStages, kRound = Shape<kIsCluster>::kRound;
+  const uint32_t rows = kRound / piece.words;  // of a block in a round
+  const uint32_t step = blocks * rows;
   // the words of this thread: what a round adds to their slots is `step`
   uint32_t slots[kWords], columns[kWords];
 #pragma unroll
@@ -87,7 +102,7 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
   uint32_t moving = 0;  // kWords bits a round, the newest lowest: words that move
   const auto read = [&](uint32_t first, uint32_t stage) {
     moving <<= kWords;
-    Word* to = staged + stage * (kThreads * kWords) + threadIdx.x;
+    Word* to = staged + stage * kRound + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
       if (sources[j] > int64_t{first} + slots[j] && sources[j] < piece.seq_len) {
@@ -103,9 +118,9 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
     read(round * step, round);
     look_up((round + 1) * step);
   }
-  // In round r: its reads have landed, those of round r + 1 are under way, round r - 1 is written,
-  // r + 2 is asked for. The reads in front of a barrier have ended, so that no write can reach
-  // them: it need not order memory, and no block waits for its own writes.
+  // In round r: its reads have landed, round r - 1 is written, and its stage takes the reads of the
+  // next round that has none. The reads in front of a barrier have ended, so that no write can
+  // reach them: it need not order memory, and no block waits for its own writes.
   uint32_t stage = 0;
   const auto k = static_cast<uint32_t>(piece.k);
   for (uint32_t first = 0; first < k + step; first += step) {
@@ -114,7 +129,7 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
     if (first > 0) {
       cluster_wait<kBlocks>();  // all blocks have read round r - 1
       if (first < k) cluster_arrive_relaxed<kBlocks>();
-      const Word* from = staged + last_stage * (kThreads * kWords) + threadIdx.x;
+      const Word* from = staged + last_stage * kRound + threadIdx.x;
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
         if (moving >> ((kStages - 1) * kWords + j) & 1) {
@@ -131,11 +146,11 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
   }
 }
 
-template <int kBlocks>
-__global__ void __launch_bounds__(kThreads)
+template <bool kIsCluster>
+__global__ void __launch_bounds__(Shape<kIsCluster>::kThreads)
     compact_kernel(const __grid_constant__ CompactParams p, const __grid_constant__ Plan plan) {
   extern __shared__ uint4 staged[];
-  const uint32_t block = blockIdx.x % kBlocks, unit = blockIdx.x / kBlocks;
+  const uint32_t unit = blockIdx.x / plan.blocks, block = blockIdx.x - unit * plan.blocks;
   int tensor = 0;
   while (tensor + 1 < p.num_tensors && unit >= plan.shares[tensor + 1].first_unit) ++tensor;
   const Share& share = plan.shares[tensor];
@@ -144,73 +159,92 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t column = static_cast<int32_t>(own % share.slices) * share.slice_bytes;
   const int32_t bytes = min(share.slice_bytes, static_cast<int32_t>(rows.bytes) - column);
   const uint32_t words = static_cast<uint32_t>(bytes) / static_cast<uint32_t>(share.width);
-  launch_wait();
-  launch_dependents();
+  if (p.row_start != nullptr) launch_wait();
   Piece piece{compact_head(p, rows, head), rows.row_stride, words};
   piece.base += column;
+  launch_wait();
+  launch_dependents();
   visit_word(share.width, [&](auto word) {
-    compact_piece<kBlocks>(piece, block, reinterpret_cast<decltype(word)*>(staged));
+    compact_piece<kIsCluster>(piece, block, plan.blocks, reinterpret_cast<decltype(word)*>(staged));
   });
 }
 
-// As many blocks as run at once: larger clusters first, for wide rows move at full speed, then
-// narrower slices. Where rows are few and units too, a round or two are all there is: slices of one
-// sector then cost less than the barrier of a cluster (csrc/measured.md).
-Plan make_plan(const CompactParams& p, const DeviceLimits& limits, int most_blocks, int64_t most) {
-  Plan plan;
-  const int64_t wanted = kBlocksPerSm * limits.multiprocessors;
+// Clusters of each size that run at once, for the widest words; of one block: blocks.
+using Fitting = std::array<int, kMostBlocks + 1>;
+
+template <bool kIsCluster>
+Launch launch_of(int64_t units, uint32_t blocks, int width, cudaStream_t stream) {
+  using S = Shape<kIsCluster>;
+  Launch launch(static_cast<unsigned>(units * blocks), S::kThreads,
+                static_cast<size_t>(S::kStages * S::kRound * width), stream);
+  launch.cluster(blocks);
+  return launch;
+}
+
+const Fitting& fitting_clusters() {
+  return once_a_device([](int) {
+    const DeviceLimits& limits = device_limits();
+    Fitting fitting{};
+    const int block = Shape<false>::kStages * Shape<false>::kRound * kMostWidth + (1 << 10);
+    fitting[1] = std::min(2, limits.shared_bytes_all / block) * limits.multiprocessors;
+    for (uint32_t blocks = 2; limits.major >= 9 && blocks <= kMostBlocks; ++blocks) {
+      fitting[blocks] = launch_of<true>(limits.multiprocessors, blocks, kMostWidth, nullptr)
+                            .fitting_clusters("compact_", compact_kernel<true>);
+    }
+    return fitting;
+  });
+}
+
+// All units run at once, since one that waits for its turn works alone at the end. Whole rows, in
+// clusters as large as that allows, move at full speed; then narrower slices. Few rows are a single
+// round: pairs of blocks then cost less than a large cluster. (csrc/measured.md)
+Plan make_plan(const CompactParams& p) {
+  const Fitting& fitting = fitting_clusters();
+  const int64_t multiprocessors = device_limits().multiprocessors;
   const auto units = [&](int64_t slice) {
     int64_t sum = 0;
     for (int i = 0; i < p.num_tensors; ++i) sum += (p.tensors[i].bytes + slice - 1) / slice;
     return sum * p.batch * p.heads;
   };
+  const auto fits = [&](int64_t slice, uint32_t blocks) { return units(slice) <= fitting[blocks]; };
   const int64_t k = p.row_start == nullptr ? p.k : p.k / (p.batch * p.heads);  // of a mean head
-  if (k <= kFewRows && units(most) < limits.multiprocessors / 2) most_blocks = 1;
-  while (plan.blocks < most_blocks && units(most) * plan.blocks * 2 <= wanted) plan.blocks *= 2;
-  while (most > kLeastSlice && units(most / 2) * plan.blocks <= wanted) most /= 2;
+  Plan plan;
+  int64_t slice = kMostSlice;
+  if (k <= kFewRows && fits(kBurst, 2) && 2 * units(kBurst) <= multiprocessors) {
+    plan.blocks = 2;
+    slice = kBurst;
+  } else {
+    while (plan.blocks < kMostBlocks && fits(slice, plan.blocks + 1)) ++plan.blocks;
+    while (slice > kBurst && fits(slice / 2, plan.blocks)) slice /= 2;
+  }
+  while (slice > kLeastSlice && 2 * units(slice / 2) * plan.blocks <= multiprocessors) slice /= 2;
   for (int i = 0; i < p.num_tensors; ++i) {
-    const int64_t bytes = p.tensors[i].bytes, slice = std::min(most, bytes);
-    const int64_t slices = (bytes + slice - 1) / slice;
+    const int64_t bytes = p.tensors[i].bytes, own = std::min(slice, bytes);
+    const int64_t slices = (bytes + own - 1) / own;
     plan.shares[i] = {.first_unit = plan.units,
                       .slices = static_cast<uint32_t>(slices),
-                      .slice_bytes = static_cast<int32_t>(slice),
+                      .slice_bytes = static_cast<int32_t>(own),
                       .width = static_cast<int32_t>(access_width(p.tensors[i]))};
     plan.units += static_cast<uint32_t>(p.batch * p.heads * slices);
   }
   return plan;
 }
 
-template <int kBlocks>
-void launch(const CompactParams& p, const Plan& plan, bool may_be_early, cudaStream_t stream) {
+template <bool kIsCluster>
+void launch(const CompactParams& p, const Plan& plan, cudaStream_t stream) {
   int width = 1;
   for (int i = 0; i < p.num_tensors; ++i) width = std::max(width, plan.shares[i].width);
-  const size_t bytes = static_cast<size_t>(kStages * kThreads * kWords * width);
-  Launch(plan.units * kBlocks, kThreads, bytes, stream)
-      .cluster(kBlocks)
-      .early(may_be_early)("compact_", compact_kernel<kBlocks>, p, plan);
-}
-
-void run(const CompactParams& params, const Plan& plan, bool may_be_early, cudaStream_t s) {
-  switch (plan.blocks) {
-    case 8:
-      return launch<8>(params, plan, may_be_early, s);
-    case 4:
-      return launch<4>(params, plan, may_be_early, s);
-    case 2:
-      return launch<2>(params, plan, may_be_early, s);
-    default:
-      return launch<1>(params, plan, may_be_early, s);
-  }
+  launch_of<kIsCluster>(plan.units, plan.blocks, width, stream)
+      .early(device_limits().major >= 9)("compact_", compact_kernel<kIsCluster>, p, plan);
 }
 
 }  // namespace
 
 void compact_cuda(const CompactParams& params, void* stream) {
-  const DeviceLimits& limits = device_limits();
-  const bool has_clusters = limits.major >= 9;
-  const int most_blocks = has_clusters ? 8 : 1;
-  const Plan plan = make_plan(params, limits, most_blocks, kMostSlice);
-  run(params, plan, has_clusters, static_cast<cudaStream_t>(stream));
+  const Plan plan = make_plan(params);
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (plan.blocks > 1) return launch<true>(params, plan, s);
+  launch<false>(params, plan, s);
 }
 
 }  // namespace kvc
