@@ -32,24 +32,31 @@
 namespace kvc {
 namespace {
 
-// What a block is made of. Alone it reads two rounds ahead; in a cluster, where three blocks share
-// a multiprocessor, one.
-template <bool kIsCluster>
+// What a block is made of: alone, one of a pair, one of a larger cluster. The last has two stages,
+// so that three blocks share a multiprocessor and clusters of 16 find room.
+template <int kThreadsOf, int kWordsOf, int kStagesOf, bool kHasOthers>
 struct Shape {
-  static constexpr int kThreads = kIsCluster ? 512 : 1024;
-  static constexpr int kWords = kIsCluster ? 4 : 2;   // of a thread in a round
-  static constexpr int kStages = kIsCluster ? 2 : 3;  // rounds in shared memory, one being written
+  static constexpr int kThreads = kThreadsOf;
+  static constexpr int kWords = kWordsOf;    // of a thread in a round
+  static constexpr int kStages = kStagesOf;  // rounds in shared memory, one being written
   static constexpr int kRound = kThreads * kWords;
+  static constexpr int kBlocks =
+      kHasOthers ? 2 : 1;  // the barriers ask only whether there are others
   static_assert(kStages * kWords <= 32, "a bit a word");
 };
+using Alone = Shape<1024, 2, 3, false>;
+using Pair = Shape<512, 4, 3, true>;
+using Many = Shape<512, 4, 2, true>;
+constexpr int kRound = Alone::kRound;
+static_assert(kRound == Pair::kRound && kRound == Many::kRound);
 
 constexpr int64_t kMostSlice = 1024;  // bytes: even of one byte each, its words fit a round
-static_assert(kMostSlice <= Shape<true>::kRound && kMostSlice <= Shape<false>::kRound);
+static_assert(kMostSlice <= kRound);
 constexpr int64_t kBurst = 64;        // bytes: what memory moves at once
 constexpr int64_t kLeastSlice = 32;   // bytes: what L2 moves at once
 constexpr uint32_t kMostBlocks = 16;  // of a cluster
 constexpr int kMostWidth = 16;
-constexpr int64_t kFewRows = 2 * Shape<true>::kRound * kMostWidth / kBurst;  // a pair's round
+constexpr int64_t kFewRows = 2 * kRound * kMostWidth / kBurst;  // a pair's round
 
 // How the rows of one tensor are cut.
 struct Share {
@@ -74,13 +81,11 @@ struct Piece : CompactHead {
   }
 };
 
-// The barriers ask only whether there is a cluster; `blocks` says how large it is.
-template <bool kIsCluster, typename Word>
+template <typename S, typename Word>
 __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block, uint32_t blocks,
                                               Word* staged) {
-  constexpr int kBlocks = kIsCluster ? 2 : 1;
-  constexpr int kThreads = Shape<kIsCluster>::kThreads, kWords = Shape<kIsCluster>::kWords;
-  constexpr int kStages = Shape<kIsCluster>::kStages, kRound = Shape<kIsCluster>::kRound;
+  constexpr int kThreads = S::kThreads, kWords = S::kWords, kStages = S::kStages;
+  constexpr int kBlocks = S::kBlocks;
   const uint32_t rows = kRound / piece.words;  // of a block in a round
   const uint32_t step = blocks * rows;
   // the words of this thread: what a round adds to their slots is `step`
@@ -146,8 +151,8 @@ __device__ __forceinline__ void compact_piece(const Piece& piece, uint32_t block
   }
 }
 
-template <bool kIsCluster>
-__global__ void __launch_bounds__(Shape<kIsCluster>::kThreads)
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads)
     compact_kernel(const __grid_constant__ CompactParams p, const __grid_constant__ Plan plan) {
   extern __shared__ uint4 staged[];
   const uint32_t unit = blockIdx.x / plan.blocks, block = blockIdx.x - unit * plan.blocks;
@@ -165,18 +170,17 @@ __global__ void __launch_bounds__(Shape<kIsCluster>::kThreads)
   launch_wait();
   launch_dependents();
   visit_word(share.width, [&](auto word) {
-    compact_piece<kIsCluster>(piece, block, plan.blocks, reinterpret_cast<decltype(word)*>(staged));
+    compact_piece<S>(piece, block, plan.blocks, reinterpret_cast<decltype(word)*>(staged));
   });
 }
 
 // Clusters of each size that run at once, for the widest words; of one block: blocks.
 using Fitting = std::array<int, kMostBlocks + 1>;
 
-template <bool kIsCluster>
+template <typename S>
 Launch launch_of(int64_t units, uint32_t blocks, int width, cudaStream_t stream) {
-  using S = Shape<kIsCluster>;
   Launch launch(static_cast<unsigned>(units * blocks), S::kThreads,
-                static_cast<size_t>(S::kStages * S::kRound * width), stream);
+                static_cast<size_t>(S::kStages * kRound * width), stream);
   launch.cluster(blocks);
   return launch;
 }
@@ -185,11 +189,16 @@ const Fitting& fitting_clusters() {
   return once_a_device([](int) {
     const DeviceLimits& limits = device_limits();
     Fitting fitting{};
-    const int block = Shape<false>::kStages * Shape<false>::kRound * kMostWidth + (1 << 10);
-    fitting[1] = std::min(2, limits.shared_bytes_all / block) * limits.multiprocessors;
-    for (uint32_t blocks = 2; limits.major >= 9 && blocks <= kMostBlocks; ++blocks) {
-      fitting[blocks] = launch_of<true>(limits.multiprocessors, blocks, kMostWidth, nullptr)
-                            .fitting_clusters("compact_", compact_kernel<true>);
+    const int alone = Alone::kStages * kRound * kMostWidth + (1 << 10);
+    fitting[1] = std::min(2, limits.shared_bytes_all / alone) * limits.multiprocessors;
+    if (limits.major < 9) return fitting;
+    const auto ask = [&]<typename S>(S, uint32_t blocks) {
+      return launch_of<S>(limits.multiprocessors, blocks, kMostWidth, nullptr)
+          .fitting_clusters("compact_", compact_kernel<S>);
+    };
+    fitting[2] = ask(Pair{}, 2);
+    for (uint32_t blocks = 3; blocks <= kMostBlocks; ++blocks) {
+      fitting[blocks] = ask(Many{}, blocks);
     }
     return fitting;
   });
@@ -197,7 +206,7 @@ const Fitting& fitting_clusters() {
 
 // All units run at once, since one that waits for its turn works alone at the end. Whole rows, in
 // clusters as large as that allows, move at full speed; then narrower slices. Few rows are a single
-// round: pairs of blocks then cost less than a large cluster. (csrc/measured.md)
+// round: pairs of blocks, or narrow slices, then cost less than a large cluster. (csrc/measured.md)
 Plan make_plan(const CompactParams& p) {
   const Fitting& fitting = fitting_clusters();
   const int64_t multiprocessors = device_limits().multiprocessors;
@@ -210,12 +219,14 @@ Plan make_plan(const CompactParams& p) {
   const int64_t k = p.row_start == nullptr ? p.k : p.k / (p.batch * p.heads);  // of a mean head
   Plan plan;
   int64_t slice = kMostSlice;
-  if (k <= kFewRows && fits(kBurst, 2) && 2 * units(kBurst) <= multiprocessors) {
+  const bool few = k <= kFewRows;
+  if (few && fits(kBurst, 2) && 2 * units(kBurst) <= multiprocessors) {
     plan.blocks = 2;
     slice = kBurst;
   } else {
     while (plan.blocks < kMostBlocks && fits(slice, plan.blocks + 1)) ++plan.blocks;
-    while (slice > kBurst && fits(slice / 2, plan.blocks)) slice /= 2;
+    const int64_t least = few ? kLeastSlice : kBurst;
+    while (slice > least && fits(slice / 2, plan.blocks)) slice /= 2;
   }
   while (slice > kLeastSlice && 2 * units(slice / 2) * plan.blocks <= multiprocessors) slice /= 2;
   for (int i = 0; i < p.num_tensors; ++i) {
@@ -230,12 +241,12 @@ Plan make_plan(const CompactParams& p) {
   return plan;
 }
 
-template <bool kIsCluster>
+template <typename S>
 void launch(const CompactParams& p, const Plan& plan, cudaStream_t stream) {
   int width = 1;
   for (int i = 0; i < p.num_tensors; ++i) width = std::max(width, plan.shares[i].width);
-  launch_of<kIsCluster>(plan.units, plan.blocks, width, stream)
-      .early(device_limits().major >= 9)("compact_", compact_kernel<kIsCluster>, p, plan);
+  launch_of<S>(plan.units, plan.blocks, width, stream)
+      .early(device_limits().major >= 9)("compact_", compact_kernel<S>, p, plan);
 }
 
 }  // namespace
@@ -243,8 +254,9 @@ void launch(const CompactParams& p, const Plan& plan, cudaStream_t stream) {
 void compact_cuda(const CompactParams& params, void* stream) {
   const Plan plan = make_plan(params);
   const auto s = static_cast<cudaStream_t>(stream);
-  if (plan.blocks > 1) return launch<true>(params, plan, s);
-  launch<false>(params, plan, s);
+  if (plan.blocks == 1) return launch<Alone>(params, plan, s);
+  if (plan.blocks == 2) return launch<Pair>(params, plan, s);
+  launch<Many>(params, plan, s);
 }
 
 }  // namespace kvc
