@@ -97,17 +97,17 @@ struct AttendParts {
   }
 };
 
-// Better parts of the line, what does not depend on its tiles: at every border of rows (a row is one
-// slice of query rows of one store) inside a part the warps of its worker meet and start anew.
+// Better parts of the line, what does not depend on its tiles: at every border of rows (a row is
+// one slice of query rows of one store) inside a part the warps of its worker meet and start anew.
 // Where all rows have equally many tiles, parts divide rows or are made of whole ones, unless that
-// leaves more than a tenth of the workers idle. Where rows are few and differ, every row is cut
-// for itself, into parts of as many tiles as the line would have if the last part of every row were
-// whole.
+// leaves more than a tenth of the workers idle. Where rows are few and differ, every row is cut for
+// itself, into parts of as many tiles as leave each part a worker. What does not depend on the
+// tiles is known before the launch.
 struct AttendPlan {
   uint32_t rows = 0, most = 0;                        // of the line; workers there are
   uint32_t pieces = 1, rows_a_part = 1, workers = 0;  // parts of a row or rows of a part
   bool is_even = false, has_spare = false;
-  FastDivisor by_most, by_pieces, by_spare;
+  FastDivisor by_most, by_pieces;
 
   constexpr AttendPlan() = default;
   constexpr AttendPlan(int64_t num_rows, int64_t available)
@@ -120,7 +120,6 @@ struct AttendPlan {
     by_most = FastDivisor(most);
     by_pieces = FastDivisor(pieces);
     has_spare = 4 * rows <= most;
-    if (has_spare) by_spare = FastDivisor(most - rows);
   }
   // A row has one worker, if all rows have equally many tiles.
   constexpr bool keeps_rows_whole() const { return is_even && pieces == 1; }
@@ -138,7 +137,7 @@ struct DecodeAttentionParams {
   bool fill_logits;      // -inf where nothing is visible; else nothing is written there
   float* partial_out;    // [max_workers + num_rows()][slice][head_dim] scratch
   float* partial_stats;  // [max_workers + num_rows()][slice][2] scratch: max, sum
-  int32_t* owners;       // CUDA: [num_rows()][2] scratch: which workers hold partials, see owners_of
+  int32_t* owners;  // CUDA: [num_rows()][2] scratch: which workers hold partials, see owners_of
   int64_t batch, num_q_heads, num_kv_heads, num_queries, head_dim;
   int64_t width;  // upper bound of the lengths
   int64_t max_workers;

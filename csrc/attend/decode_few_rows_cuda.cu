@@ -292,7 +292,8 @@ struct Warp {
     }
   }
 
-  // Logits in base 2 for the merge to look at; see step_logit, of which this is the start of a step.
+  // Logits in base 2 for the merge to look at; see step_logit, of which this is the start of a
+  // step.
   __device__ __forceinline__ void leave_logits(const DecodeAttentionParams& p,
                                                const float (&x)[X::kBlocks][4], uint32_t store,
                                                uint32_t step, int rows, int lane) const {
@@ -444,7 +445,7 @@ __global__ void __maxnreg__(X::kRegisters)
   fetch_params(p);
   if (p.lengths.data != nullptr) launch_wait();
   PartStart part;
-  if (!find_part<X::kKeys>(p, part)) return;
+  if (!find_part<X::kKeys, X::kWarps>(p, part)) return;
 
   Steps ahead{.store = part.store, .left = part.count};  // what is under way
   open_store<X>(p, ahead, part.at, warp);

@@ -33,13 +33,14 @@ __device__ __forceinline__ float normalised(float total, float sum) {
   return sum == 0 ? 0.0f : total / sum;
 }
 
-// Brings the parameters into the constant cache, all lines at a time; each costs some hundred clocks
-// where it is first needed.
+// Brings the parameters into the constant cache, all lines at a time; each costs some hundred
+// clocks where it is first needed.
 template <typename Params>
 __device__ __forceinline__ void fetch_params(const Params& p) {
 #pragma unroll
   for (size_t i = 0; i < sizeof(Params); i += 64) {
-    asm volatile("" ::"r"(*reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(&p) + i)));
+    asm volatile(
+        "" ::"r"(*reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(&p) + i)));
   }
 }
 
@@ -103,9 +104,13 @@ __device__ __forceinline__ LaneTiles count_tiles(const DecodeAttentionParams& p,
   return t;
 }
 
+__device__ __forceinline__ uint32_t round_up(uint32_t n, uint32_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
 // A whole warp, each for itself: counts the tiles of all stores, and finds where the part of this
-// worker begins. False if there is no such worker.
-template <int kTile>
+// worker begins. False if there is no such worker. A worker takes kGrain tiles at a time.
+template <int kTile, int kGrain>
 __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartStart& start) {
   const AttendPlan& plan = p.parts;
   const uint32_t worker = blockIdx.x, slices = p.slices_a_store;
@@ -120,9 +125,16 @@ __device__ __forceinline__ bool find_part(const DecodeAttentionParams& p, PartSt
     t = count_tiles<kTile, 8>(p, (stores + kWarp - 1) / kWarp);
   }
   if (t.of_each == 0 && plan.has_spare && slices == 1 && stores <= kWarp) {  // a lane a store
-    const uint32_t each = plan.by_spare.quotient(t.all + plan.by_spare.divisor - 1);
-    const uint32_t pieces = (t.mine + each - 1) / max(each, 1u);
-    const uint32_t until = warp_prefix_sum(pieces), before = until - pieces;
+    // Tiles of a part: as few as leave no part without a worker, found in steps of a sixteenth.
+    uint32_t each = max(round_up(plan.by_most.quotient(t.all + plan.most - 1), kGrain), 1u);
+    uint32_t pieces, until;
+    while (true) {
+      pieces = (t.mine + each - 1) / each;
+      until = warp_prefix_sum(pieces);
+      if (__shfl_sync(0xffffffffu, until, kWarp - 1) <= plan.most) break;
+      each += round_up(each / 16 + 1, kGrain);
+    }
+    const uint32_t before = until - pieces;
     if (worker >= __shfl_sync(0xffffffffu, until, kWarp - 1)) return false;
     const int holder = last_lane(before <= worker);
     start.store = holder;

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(X::kThreads, 2)
                    warp * X::Products::kSharedQueryFloats;
 
   PartStart start;
-  if (!find_part<X::kTile>(p, start)) return;
+  if (!find_part<X::kTile, 1>(p, start)) return;
   const int64_t count = start.count;
   Place<X> ahead;
   ahead.store = start.store;

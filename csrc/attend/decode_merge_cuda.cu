@@ -185,8 +185,8 @@ __device__ __forceinline__ void add_up_lse(const DecodeAttentionParams& p, uint3
 // Where nothing but sums of all heads of a group is kept, and where more.
 enum class Observe { kNothing, kSums, kAll };
 
-// Entries [begin, end) of a store whose step_logits hold kGroup rows, one query each. A thread takes
-// an entry of each half of a step at a time, whose logits of two rows lie together.
+// Entries [begin, end) of a store whose step_logits hold kGroup rows, one query each. A thread
+// takes an entry of each half of a step at a time, whose logits of two rows lie together.
 template <int kGroup, Observe kWhat>
 __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, uint32_t store,
                                               uint32_t length, uint32_t begin, uint32_t end,
