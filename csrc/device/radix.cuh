@@ -73,11 +73,10 @@ struct Counter {
 
   __device__ explicit Counter(const Open& o) : open(o), shift(o.shift()) {}
 
-  template <bool kIsOpen>
   __device__ __forceinline__ void count(uint32_t* bins, uint32_t key) {
     const uint32_t from_low = key - open.low;  // wraps for keys below
     least = min(least, from_low);
-    if (kIsOpen || from_low <= open.width) {
+    if (from_low <= open.width) {
       atomicAdd(bins + (from_low >> shift), 1u);
       most = max(most, from_low);
     }
@@ -92,9 +91,48 @@ struct Counter {
   }
 };
 
-// One warp: the bin of the open.rank-th largest key over all blocks of the group.
-template <int kBlocks, typename T>
-__device__ __forceinline__ void pick_bin(RadixBins<T>& shared, const Open& open, uint32_t block) {
+// Counts every key, up to that of +inf: those below `low` in bin 0, those above in the bin behind
+// the last one of the range. The rank is one of all keys, and the extremes are keys, not distances
+// from `low`.
+struct RangeCounter {
+  uint32_t low, top;
+  int shift;
+  uint32_t least = 0xffffffffu, most = 0;
+
+  __device__ explicit RangeCounter(const Open& range) : low(range.low), shift(range.shift()) {
+    if (range.width >> shift > kBins - 3) ++shift;
+    top = low + (((range.width >> shift) + 1) << shift);
+  }
+  __device__ __forceinline__ void count(uint32_t* bins, uint32_t key) {
+    const uint32_t inside = min(max(key, low - 1), top);
+    atomicAdd(bins + ((inside - low + (1u << shift)) >> shift), 1u);
+    least = min(least, key);
+    most = max(most, key);
+  }
+  __device__ __forceinline__ void finish(uint2& range) {
+    least = __reduce_min_sync(0xffffffffu, least);
+    most = __reduce_max_sync(0xffffffffu, most);
+    if (threadIdx.x % kWarp == 0) {
+      atomicMin(&range.x, least);
+      atomicMax(&range.y, most);
+    }
+  }
+  // The keys of a bin, clipped to those that are there.
+  __device__ __forceinline__ uint2 keys_of(uint32_t bin, uint32_t all_least,
+                                           uint32_t all_most) const {
+    const uint32_t first = bin == 0 ? 0 : low + ((bin - 1) << shift);
+    const uint32_t last = bin == 0       ? low - 1
+                          : first == top ? 0xffffffffu
+                                         : first + ((1u << shift) - 1);
+    return make_uint2(max(first, all_least), min(last, all_most));
+  }
+};
+
+// One warp: the bin of the open.rank-th largest key over all blocks of the group, into `result`.
+// kIsRanged: bins by a RangeCounter.
+template <int kBlocks, bool kIsRanged, typename T>
+__device__ __forceinline__ void pick_bin(RadixBins<T>& shared, const Open& open, uint32_t block,
+                                         Found& result) {
   const int lane = threadIdx.x % kWarp;
   // lane l takes the l-th highest coarse sums
   const int lowest = kCoarse - (lane + 1) * kCoarsePerLane;
@@ -151,22 +189,27 @@ __device__ __forceinline__ void pick_bin(RadixBins<T>& shared, const Open& open,
   earlier_above +=
       __reduce_add_sync(0xffffffffu, static_cast<uint32_t>(lane) < picked ? before : 0);
   if (is_it) {
-    const int shift = open.shift();
-    const uint32_t first = (coarse * kWarp + kWarp - 1 - lane) << shift;
-    const uint32_t low = max(first, least);
-    const uint32_t high = min(first + ((1u << shift) - 1), most);
-    shared.found = {
-        .open = {.low = open.low + low, .width = high - low, .rank = rank - (through - count)},
-        .count = count,
-        .before = before,
-        .above_before = earlier_above};
+    const uint32_t bin = coarse * kWarp + kWarp - 1 - lane;
+    uint32_t low, high;
+    if constexpr (kIsRanged) {
+      const uint2 ends = RangeCounter(open).keys_of(bin, least, most);
+      low = ends.x, high = ends.y;
+    } else {
+      const int shift = open.shift();
+      const uint32_t first = bin << shift;
+      low = open.low + max(first, least);
+      high = open.low + min(first + ((1u << shift) - 1), most);
+    }
+    result = {.open = {.low = low, .width = high - low, .rank = rank - (through - count)},
+              .count = count,
+              .before = before,
+              .above_before = earlier_above};
   }
 }
 
-// Bins of kBlocks blocks, the cluster or one by itself -> what is open next. The caller has
-// counted; all threads return the same.
+// Sums of 32 bins and the range of the keys, to all of kBlocks blocks. The caller has counted.
 template <int kBlocks, typename T>
-__device__ __forceinline__ Found narrow(RadixBins<T>& shared, const Open& open, uint32_t block) {
+__device__ __forceinline__ void share_bins(RadixBins<T>& shared, uint32_t block) {
   constexpr int kBinsPerThread = RadixBins<T>::kBinsPerThread,
                 kThreadsPerCoarse = kWarp / kBinsPerThread;
   __syncthreads();
@@ -190,9 +233,23 @@ __device__ __forceinline__ Found narrow(RadixBins<T>& shared, const Open& open, 
     cluster_store<kBlocks>(&shared.ranges[block].y, threadIdx.x, shared.range.y);
   }
   cluster_sync<kBlocks>();
-  if (threadIdx.x < kWarp) pick_bin<kBlocks>(shared, open, block);
+}
+
+// Bins of kBlocks blocks, the cluster or one by itself -> what is open next. The caller has
+// counted; all threads return the same.
+template <int kBlocks, bool kIsRanged = false, typename T>
+__device__ __forceinline__ Found narrow(RadixBins<T>& shared, const Open& open, uint32_t block) {
+  share_bins<kBlocks>(shared, block);
+  if (threadIdx.x < kWarp) pick_bin<kBlocks, kIsRanged>(shared, open, block, shared.found);
   __syncthreads();
   return shared.found;
+}
+
+// `narrow` of a block by itself, one copy of the code for all who call it: what runs once runs as
+// fast as instructions come in.
+template <typename T>
+__device__ __noinline__ void narrow_alone(RadixBins<T>& shared, Open open) {
+  narrow<1>(shared, open, 0);
 }
 
 // Each warp by itself: the rank-th largest of at most 32 keys.
@@ -200,8 +257,8 @@ __device__ __forceinline__ Open pick_of_few(const uint32_t* keys, uint32_t count
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t key = lane < count ? keys[lane] : 0;
   uint32_t above = 0, equal = 0;
-#pragma unroll 4
-  for (int other = 0; other < kWarp; ++other) {
+#pragma unroll 1
+  for (uint32_t other = 0; other < count; ++other) {
     const uint32_t theirs = __shfl_sync(0xffffffffu, key, other);
     above += theirs > key;
     equal += theirs == key;

@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(T::kThreads)
   cluster_arrive_relaxed<kBlocks>();  // this block runs: its shared memory may be written to
 
   const auto slice_of = [&](uint32_t h, const HeadLimits& limits) {
-    return Slice::make<1>(p.scores + b * p.batch_stride + h * p.head_stride,
-                          static_cast<uint32_t>(limits.begin), static_cast<uint32_t>(limits.end),
-                          0);
+    return Slice::make(p.scores + b * p.batch_stride + h * p.head_stride,
+                       static_cast<uint32_t>(limits.begin), static_cast<uint32_t>(limits.end), 0,
+                       1);
   };
   Open open{.low = kTopkNan, .width = kTopkForced - kTopkNan, .rank = total - bounds.x};
   cluster_wait<kBlocks>();
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(T::kThreads)
           [&](uint32_t, const uint32_t (&keys)[4], auto) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              counter.template count<false>(shared.radix.bins, keys[j]);
+              counter.count(shared.radix.bins, keys[j]);
               above += keys[j] > open.low + open.width;
             }
           });

@@ -27,14 +27,13 @@ struct Slice {
   uint32_t first_chunk, chunks;     // of this block
   uint32_t inner_begin, inner_end;  // those that lie inside [begin, end) whole, from its first
 
-  // Of the entries [begin, end) of a row, the part of one block of kBlocks.
-  template <uint32_t kBlocks>
+  // Of the entries [begin, end) of a row, the part of one of `blocks` blocks.
   __device__ __forceinline__ static Slice make(const float* row, uint32_t begin, uint32_t end,
-                                               uint32_t block) {
+                                               uint32_t block, uint32_t blocks) {
     const uint32_t offset = offset_of(row);
     begin += offset, end += offset;
     const uint32_t first_chunk = begin / kChunk, all = (end + kChunk - 1) / kChunk - first_chunk;
-    const uint32_t most = (all + kBlocks - 1) / kBlocks;
+    const uint32_t most = (all + blocks - 1) / blocks;
     const uint32_t skipped = min(block * most, all), chunks = min(most, all - skipped);
     const uint32_t first_inner = begin % kChunk == 0 ? 0 : 1;  // of the row
     const uint32_t last_inner = end % kChunk == 0 ? all : all - 1;
@@ -56,6 +55,18 @@ struct Slice {
   // The first position of this lane in a chunk of the block.
   __device__ __forceinline__ uint32_t position(uint32_t chunk) const {
     return (first_chunk + chunk) * kChunk + 4 * (threadIdx.x % kWarp);
+  }
+
+  // Asks for the start of the slice, so that it is in L2 when it is read.
+  template <int kThreads>
+  __device__ __forceinline__ void prefetch() const {
+    constexpr uint32_t kLine = 128 / sizeof(float), kMost = 32 << 10;  // entries
+    const uint32_t start = max(begin, first_chunk * kChunk);
+    const uint32_t stop = min(end, start + min(chunks * kChunk, kMost));
+#pragma unroll 1
+    for (uint32_t i = start + kLine * threadIdx.x; i < stop; i += kLine * kThreads) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const float*>(scores) + i));
+    }
   }
 
   __device__ __forceinline__ void edge_keys(uint32_t i, uint32_t (&keys)[4]) const {
@@ -99,18 +110,28 @@ struct Slice {
   }
 };
 
-// The bins of a slice. At first every key is open that is not padding.
-template <bool kAllOpen, typename T>
-__device__ __forceinline__ void count_slice(RadixBins<T>& shared, const Slice& slice,
-                                            const Open& open) {
-  Counter counter(open);
+// The bins of a slice, by a Counter or a RangeCounter.
+template <typename T, typename C>
+__device__ __forceinline__ void count_slice(RadixBins<T>& shared, const Slice& slice, C counter) {
   slice.for_each<T::kThreads / kWarp, false>(
       [&](uint32_t, const uint32_t (&keys)[4], auto is_inner) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          counter.template count<kAllOpen&& decltype(is_inner)::value>(shared.bins, keys[j]);
+        for (int j = 0; j < 4; ++j) {
+          if (decltype(is_inner)::value || keys[j] != kTopkPadding)
+            counter.count(shared.bins, keys[j]);
+        }
       });
   counter.finish(shared.range);
+}
+
+// The `wanted` lowest set bits of a word.
+__device__ __forceinline__ uint32_t lowest_bits(uint32_t word, uint32_t wanted) {
+  if (wanted == 0) return 0;
+#pragma unroll 1
+  for (int extra = __popc(word) - static_cast<int>(wanted); extra > 0; --extra) {
+    word &= ~(0x80000000u >> __clz(word));
+  }
+  return word;
 }
 
 }  // namespace kvc

@@ -60,13 +60,4 @@ __device__ __forceinline__ uint2 group_bits(const Slice& slice, const SliceBits<
   }
 }
 
-// The `wanted` lowest set bits of a word.
-__device__ __forceinline__ uint32_t lowest_bits(uint32_t word, uint32_t wanted) {
-  if (wanted == 0) return 0;
-  for (int extra = __popc(word) - static_cast<int>(wanted); extra > 0; --extra) {
-    word &= ~(0x80000000u >> __clz(word));
-  }
-  return word;
-}
-
 }  // namespace kvc

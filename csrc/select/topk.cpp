@@ -6,6 +6,7 @@
 
 #include "common/debug.h"
 #include "common/on_device.h"
+#include "select/topk_scratch.h"
 
 namespace kvc {
 namespace {
@@ -44,7 +45,7 @@ Tensor topk(const Tensor& scores, const std::optional<Tensor>& counts,
 
   Tensor index = torch::stable::new_empty(scores, {batch, heads, k}, ScalarType::Int);
   if (batch == 0 || heads == 0 || k == 0) return index;
-  const TopkParams params{
+  TopkParams params{
       .scores = scores.const_data_ptr<float>(),
       .counts = optional_int32(counts),
       .seq_start = optional_int32(seq_start),
@@ -60,6 +61,7 @@ Tensor topk(const Tensor& scores, const std::optional<Tensor>& counts,
       .head_stride = scores.stride(1),
       .counts_batch_stride = 1,
   };
+  const std::optional<Tensor> scratch = topk_scratch(scores, params);
   KVC_LAUNCH(topk, scores, params);
   return index;
 }

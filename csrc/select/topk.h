@@ -25,12 +25,15 @@ struct TopkParams {
   const int32_t* seq_end;    // [batch], or null
   int32_t* index;            // [batch, heads, k] contiguous; ragged: [total]
   int32_t* indptr;           // [batch * heads + 1]: ragged; null: uniform
+  void* scratch;             // CUDA: topk_cuda_scratch() bytes, aligned to 16, or null
   int64_t batch, heads, seq_len;
   int64_t k;      // slots of a row; ragged: most of them
   int64_t total;  // ragged: slots in all
   int64_t sink, window;
   int64_t batch_stride, head_stride;                // of scores, in elements
   int64_t counts_batch_stride, counts_head_stride;  // of counts
+
+  constexpr bool reads_vectors() const { return counts || seq_start || seq_end; }
 };
 
 constexpr uint32_t kTopkPadding = 0;           // below every real entry
@@ -71,5 +74,8 @@ constexpr TopkRow topk_row(const TopkParams& p, int64_t b, int64_t h) {
 
 void topk_cpu(const TopkParams& params);
 void topk_cuda(const TopkParams& params, void* stream);
+// Bytes of scratch with which several blocks share a row where there are no clusters, by sizes
+// only; 0 where that is no gain, or not needed.
+int64_t topk_cuda_scratch(const TopkParams& params);
 
 }  // namespace kvc

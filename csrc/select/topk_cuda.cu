@@ -22,8 +22,11 @@
 
 #include "device/launch.cuh"
 #include "device/limits.cuh"
+#include "select/row_sample.cuh"
 #include "select/slice_bits.cuh"
 #include "select/topk.h"
+#include "select/topk_once.h"
+#include "select/topk_split.h"
 
 namespace kvc {
 namespace {
@@ -36,12 +39,14 @@ struct Traits {
   static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr bool kHasBits = kHasBits_;  // fit shared memory; else keys are read a third time
+  static constexpr int kSamples = kThreads;    // of a row
 };
 
 template <typename T>
 struct Shared {
   static constexpr int kWarps = T::kWarps;
   RadixBins<T> radix;
+  SampleRange sample;
   uint32_t few[kWarp];                 // open candidates, when they are few
   uint32_t candidates, fews;           // of this block
   uint32_t above_before, tied_before;  // candidates of earlier blocks, against the threshold
@@ -142,7 +147,7 @@ __device__ __forceinline__ Open pick_candidate(Shared<T>& shared, const Found& f
     __syncthreads();
     Counter counter(open);
     for (uint32_t j = threadIdx.x; j < found.count; j += T::kThreads) {
-      counter.template count<false>(shared.radix.bins, shared.keys[j]);
+      counter.count(shared.radix.bins, shared.keys[j]);
     }
     counter.finish(shared.radix.range);
     const Found next = narrow<1>(shared.radix, open, 0);
@@ -234,6 +239,7 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
 
   clear_bins(shared.radix);
   if (threadIdx.x == 0) {
+    reset(shared.sample);
     shared.candidates = shared.fews = shared.above_before = shared.tied_before = 0;
   }
   launch_wait();
@@ -275,20 +281,22 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
 
   const float* scores = p.scores + b * p.batch_stride + h * p.head_stride;
   const auto begin = static_cast<uint32_t>(row.sink_end);
-  const Slice slice = Slice::make<kBlocks>(scores, begin, begin + free, block);
+  const Sample<T> sample(scores + begin, free);
+  const Slice slice = Slice::make(scores, begin, begin + free, block, kBlocks);
+  slice.prefetch<T::kThreads>();
 
   // 1. the bin of the threshold
   __syncthreads();
-  Found found{.open = {.low = kTopkNan, .width = kTopkForced - kTopkNan, .rank = wanted}};
-  count_slice<true>(shared.radix, slice, found.open);
+  const Open range = find_open(shared.sample, sample, wanted, free);
+  count_slice(shared.radix, slice, RangeCounter(range));
   cluster_wait<kBlocks>();
-  found = narrow<kBlocks>(shared.radix, found.open, block);
+  Found found = narrow<kBlocks, true>(shared.radix, range, block);
   uint32_t above_before = found.above_before;  // in earlier blocks
   while (found.open.width > 0 && found.count > kCandidates) {
     cluster_sync<kBlocks>();  // all blocks have read these bins
     clear_bins(shared.radix);
     __syncthreads();
-    count_slice<false>(shared.radix, slice, found.open);
+    count_slice(shared.radix, slice, Counter(found.open));
     found = narrow<kBlocks>(shared.radix, found.open, block);
     above_before += found.above_before;
   }
@@ -359,10 +367,17 @@ int blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
 
 }  // namespace
 
+int64_t topk_cuda_scratch(const TopkParams& params) {
+  return topk_split_scratch(params);
+}
+
 void topk_cuda(const TopkParams& params, void* stream) {
   const DeviceLimits& limits = device_limits();
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (blocks_a_row(params, limits)) {
+  if (params.scratch != nullptr) return topk_split(params, s);
+  const int blocks = blocks_a_row(params, limits);
+  if (topk_once_pays(params, blocks)) return topk_once(params, blocks, s);
+  switch (blocks) {
     case 8:
       return dispatch<8>(params, limits, s);
     case 4:

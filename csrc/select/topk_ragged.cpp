@@ -6,7 +6,7 @@
 
 #include "common/debug.h"
 #include "common/on_device.h"
-#include "select/topk.h"
+#include "select/topk_scratch.h"
 
 namespace kvc {
 namespace {
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> topk_ragged(const Tensor& scores, const Tensor& count
     torch::stable::zero_(indptr);
     return {index, indptr};
   }
-  const TopkParams params{
+  TopkParams params{
       .scores = scores.const_data_ptr<float>(),
       .counts = counts.const_data_ptr<int32_t>(),
       .seq_start = optional_int32(seq_start),
@@ -70,6 +70,7 @@ std::tuple<Tensor, Tensor> topk_ragged(const Tensor& scores, const Tensor& count
       .counts_batch_stride = counts.stride(0),
       .counts_head_stride = counts.stride(1),
   };
+  const std::optional<Tensor> scratch = topk_scratch(scores, params);
   KVC_LAUNCH(topk, scores, params);
   return {index, indptr};
 }

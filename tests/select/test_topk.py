@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +100,103 @@ def test_long_row(device):
     values[0] = values[-2:] = math.inf
     order = values.sort(descending=True, stable=True).indices[:k]
     assert torch.equal(index, order.sort().values)
+
+
+def sampled(size, count):
+    """The places where the CUDA kernel takes its sample of a row (csrc/select/sample_cut.cuh)."""
+    i = torch.arange(count)
+    stretch = 2**32 // count
+    return (i * stretch + i * 0x9E3779B9 % stretch) * size >> 32
+
+
+def against_sample(kind, size):
+    """[1, 2, size] of which a sample says nothing, or what is wrong."""
+    scores = random((1, 2, size))
+    places = sampled(size, 1024)
+    if kind == "too_high":
+        scores[..., places] += 100
+    elif kind == "too_low":
+        scores[..., places] -= 100
+    elif kind == "crowded":  # far more between the cut's ends than it says, hardly any of them equal
+        crowd = 0.674 + 1e-3 * random((1, 2, size), seed=1)
+        crowd[..., places] = scores[..., places]
+        scores = crowd
+    elif kind == "tied":  # one value that the sample does not know
+        tied = torch.full((1, 2, size), 0.674)
+        tied[..., places] = scores[..., places]
+        scores = tied
+    elif kind == "nan":
+        nan = torch.full((1, 2, size), math.nan)
+        nan[..., places] = scores[..., places]
+        scores = nan
+    return scores
+
+
+def by_sort(scores, k):
+    """The reference at sizes where one in plain Python takes too long: no NaN but below all numbers."""
+    rank = torch.where(scores.isnan(), -math.inf, scores)
+    order = rank.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return order.sort(-1).values.to(torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["too_high", "too_low", "crowded", "tied", "nan"])
+@pytest.mark.parametrize("size", [1500, 9000, 40_000])
+def test_against_sample(kind, size, device):
+    scores = against_sample(kind, size)
+    for k in (1, 300, size // 4, size - 300):
+        assert torch.equal(kvcompress.topk(scores.to(device), k).cpu(), by_sort(scores, k))
+
+
+@pytest.mark.parametrize("kind", ["random", "sums_of_attention", "half_minus_inf", "few_values", "ascending"])
+@pytest.mark.parametrize("shape", [(1, 8, 33_000), (1, 70, 9001), (2, 1, 300_000)])
+def test_slices(kind, shape, device):
+    """Rows that several blocks share, and what they look like in use."""
+    scores = random(shape)
+    if kind == "sums_of_attention":  # within a factor of two of each other, and smooth
+        scores = torch.nn.functional.avg_pool1d(scores.mul(0.2).exp(), 5, 1, 2) / shape[-1]
+    elif kind == "half_minus_inf":
+        scores[random(shape, 1) < 0] = -math.inf
+    elif kind == "few_values":
+        scores = (scores * 10).round()
+    elif kind == "ascending":
+        scores = scores.sort(-1).values
+    for k in (1024, shape[-1] // 4, shape[-1] // 2 + 100):
+        assert torch.equal(kvcompress.topk(scores.to(device), k).cpu(), by_sort(scores, k))
+
+
+def test_around_zero(device):
+    """Zero as the least and as the largest of what is left when the threshold is sought: -0 is no key of its own."""
+    for size in (1500, 40_000):
+        scores = random((1, 2, size)).abs()
+        scores[..., ::5] *= -1
+        scores[..., 1::3] = 0.0
+        scores[..., 2::6] = -0.0
+        tiny = bits((1, 2, size), 1, 4) * torch.where(random((1, 2, size)) < 0, -1.0, 1.0)  # next to zero
+        tiny[..., ::4] = 0.0
+        for x in (scores, tiny):
+            for k in range(1, size, size // 40):
+                assert torch.equal(kvcompress.topk(x.to(device), k).cpu(), by_sort(x, k))
+
+
+@pytest.mark.parametrize("size", [4_000_000])
+def test_very_long_row(size, device):
+    """More entries than shared memory has bits for."""
+    scores = random((1, 1, size))
+    scores[..., ::7] = 0.5
+    assert torch.equal(kvcompress.topk(scores.to(device), size // 3).cpu(), by_sort(scores, size // 3))
+
+
+@pytest.mark.cuda
+def test_without_clusters():
+    """The forms that a device before sm_90 gets, on this one."""
+    chosen = "sizes or sample or slices or long or many or padding or run_to_run or lengths"
+    files = ["tests/select/test_topk.py", "tests/select/test_topk_ragged.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", chosen, "-p", "no:cacheprovider", *files]
+    root = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run(command, cwd=root, env={**os.environ, "KVCOMPRESS_SM": "80"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert re.search(r"\d+ passed", done.stdout)
+    assert "skipped" not in done.stdout
 
 
 def rows(device):

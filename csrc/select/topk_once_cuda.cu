@@ -1,0 +1,108 @@
+// topk of long slices: scores are read once. As in topk_cuda.cu a cluster of kBlocks blocks has a
+// row, or a single block, and each owns a slice of the entries that compete.
+// 1. A sample of the row, the same in every block, tells a cut: two keys between which the
+//    threshold lies, with few entries between them (select/sample_cut.cuh).
+// 2. Every score is compared with the cut, an addition and a shift for each end and bit: what has
+//    reached the upper end, what equals an end; entries in between, the candidates, go to a list. A
+//    barrier, then every block fetches the counts and candidates of the others.
+// 3. Every block finds the threshold among all candidates by itself. If the cut missed it, or holds
+//    too many, a histogram makes a better one and step 2 is done again. Values that many entries
+//    share end a cut, so equal scores need no second look.
+// 4. Bits become positions: counts of the blocks, warps and words before give each lane its slots,
+//    ties go to the smallest positions.
+// The result does not depend on the sample.
+// Bound: 4 bytes a score read from memory, half a sector more for each sample; five operations a
+// score. No scratch.
+#include "device/launch.cuh"
+#include "device/limits.cuh"
+#include "select/topk_once.h"
+#include "select/topk_row.cuh"
+#include "select/topk_task.cuh"
+
+namespace kvc {
+namespace {
+
+constexpr uint32_t kCapacity = 6144;  // candidates of a row
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
+    topk_once_kernel(const __grid_constant__ TopkParams p, uint32_t words) {
+  constexpr int kBlocks = T::kBlocks;
+  extern __shared__ uint4 dynamic[];
+  auto& shared = *reinterpret_cast<TopkShared<T>*>(dynamic);
+  const Lists lists = TopkLayout<T>::lists(shared, words, kCapacity);
+  start(shared);
+  launch_wait();
+  launch_dependents();
+
+  // who am I, and what is there to choose
+  const uint32_t block = blockIdx.x % kBlocks, row_id = blockIdx.x / kBlocks;
+  const Task task = find_task(shared, p, row_id, block == 0);
+  if (!task.has_choice()) return task.write_forced<T>(block, kBlocks);  // all blocks alike
+
+  const Sample<T> sample(task.scores + task.begin, task.free);
+  const Groups groups =
+      Groups::make(task.scores, task.begin, task.begin + task.free, block, kBlocks);
+  groups.slice(block, kBlocks).template prefetch<T::kThreads>();
+  __syncthreads();  // shared memory is ready
+  const Cut cut = guess_cut(shared.radix, shared.sample, sample, task.wanted, task.free);
+  const Settled settled = select(shared, lists, groups, true, cut, {}, task.wanted, block);
+  task.write_forced<T>(block, kBlocks);
+  write_positions<T::kHasWords>(shared, lists, groups, settled, Slice::offset_of(task.scores),
+                                task.out + task.sink);
+  if constexpr (kBlocks > 1) cluster_wait<kBlocks>();  // the others may still read from here
+}
+
+// Entries of a slice from which on one read and what it costs to find the cut beat two reads.
+constexpr int64_t kLongSlice = 40000;
+
+uint32_t words_of(const TopkParams& p, int blocks) {
+  // two groups more than whole ones: the first and the last may be cut
+  const int64_t groups = (p.seq_len / kGroupSize + 2 + blocks - 1) / blocks;
+  return static_cast<uint32_t>(std::min<int64_t>(groups * kWarp, 1 << 20));
+}
+
+template <typename T>
+void launch(const TopkParams& p, cudaStream_t stream) {
+  const uint32_t words = words_of(p, T::kBlocks);
+  const auto blocks = static_cast<unsigned>(p.batch * p.heads * T::kBlocks);
+  Launch(blocks, T::kThreads, TopkLayout<T>::bytes(words, kCapacity), stream)
+      .cluster(T::kBlocks)
+      .early(device_limits().major >= 9)("topk", topk_once_kernel<T>, p, words);
+}
+
+template <int kBlocks>
+void dispatch(const TopkParams& p, cudaStream_t stream) {
+  if (p.batch * p.heads * kBlocks <= device_limits().multiprocessors) {
+    launch<TopkTraits<kBlocks, 1024, true>>(p, stream);
+  } else {
+    launch<TopkTraits<kBlocks, 512, true>>(p, stream);
+  }
+}
+
+}  // namespace
+
+bool topk_once_pays(const TopkParams& p, int blocks) {
+  using Largest = TopkTraits<8, 1024, true>;
+  const auto size = static_cast<double>(p.seq_len);
+  const double wanted = p.indptr != nullptr ? size / 2 : static_cast<double>(p.k);
+  const size_t bytes = TopkLayout<Largest>::bytes(words_of(p, blocks), kCapacity);
+  return p.seq_len >= kLongSlice * blocks &&
+         most_candidates(size, wanted, Largest::kSamples) <= kCapacity &&
+         static_cast<int64_t>(bytes) <= device_limits().shared_bytes;
+}
+
+void topk_once(const TopkParams& params, int blocks, cudaStream_t stream) {
+  switch (blocks) {
+    case 8:
+      return dispatch<8>(params, stream);
+    case 4:
+      return dispatch<4>(params, stream);
+    case 2:
+      return dispatch<2>(params, stream);
+    default:
+      return dispatch<1>(params, stream);
+  }
+}
+
+}  // namespace kvc
