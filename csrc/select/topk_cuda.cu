@@ -1,21 +1,25 @@
 // topk on CUDA: one launch, a cluster of kBlocks blocks a row (a single block on sm_80, and where
-// rows are many).
+// rows are many). Long slices are read once instead of twice: topk_once_cuda.cu. A few long rows
+// without clusters: topk_split_cuda.cu.
 //
 // Forced entries and padding are stretches of positions, so only the free entries between sink and
 // window compete; each block owns a slice of them. A score becomes a uint32 key that orders as the
 // scores do.
-// 1. Histogram of the keys in kBins bins of equal width over what is still open (at first, all
-//    keys), by integer atomics in shared memory: the same counts every run. Each block pushes sums
-//    of 32 bins to every other block, a cluster barrier, then all of them find the bin of the n-th
-//    largest key: 32 bins at a time, so that only 32 words a block cross the cluster. The bin is
-//    clipped to the range of the keys that are there. Repeated while it holds more than kCandidates
-//    keys of different values, which is rare: quarters to eighths of an octave hold 1 - 4 % of a
-//    row of scores, and equal ones need no second look.
+// 1. Histogram of the keys in kBins bins, by integer atomics in shared memory: the same counts
+// every
+//    run. The bins are spread over the keys that a sample of the row has (select/row_sample.cuh):
+//    scores that lie close together are told apart as well as any others, and what lies outside
+//    counts in the first and last bin. Each block pushes sums of 32 bins to every other block, a
+//    cluster barrier, then all of them find the bin of the n-th largest key: 32 bins at a time, so
+//    that only 32 words a block cross the cluster. The bin is clipped to the range of the keys that
+//    are there. Repeated, over what is open, while it holds more than kCandidates keys of different
+//    values, which is rare; equal ones need no second look.
 // 2. The slice is read again, from L1 or L2: bits say which entries lie above the bin; the keys
 //    inside, the candidates, are pushed to all blocks. Second and last barrier: every block
 //    finds the threshold among all candidates by itself.
 // 3. Bits become positions: counts of the blocks, warps and words before give each word its slots,
 //    ties go to the smallest positions.
+// The result does not depend on the sample.
 // Bound: 4 bytes a score read once from memory, 4 bytes a kept entry written once; below about
 // 10 MB the latency of one read, two cluster barriers and about 20 block barriers. No scratch.
 #include <algorithm>
@@ -27,6 +31,7 @@
 #include "select/topk.h"
 #include "select/topk_once.h"
 #include "select/topk_split.h"
+#include "select/topk_task.cuh"
 
 namespace kvc {
 namespace {
@@ -59,33 +64,6 @@ struct Shared {
     uint16_t staged[kWarps][kGroup];  // positions on their way out, counted from a group's first
   };
 };
-
-// The block's part of the positions first, first + 1, ...
-template <typename T>
-__device__ __forceinline__ void write_range(int32_t* out, int64_t first, uint32_t count,
-                                            uint32_t block) {
-#pragma unroll 1
-  for (uint32_t i = block * T::kThreads + threadIdx.x; i < count; i += T::kBlocks * T::kThreads) {
-    out[i] = static_cast<int32_t>(first + i);
-  }
-}
-
-// Ragged: kept entries of the rows before this one. The same number in all threads.
-template <typename T>
-__device__ __noinline__ int64_t slots_before(Shared<T>& shared, const TopkParams& p,
-                                             uint32_t row_id) {
-  const auto heads = static_cast<uint32_t>(p.heads);
-  uint32_t sum = 0;  // the total is an int32
-  for (uint32_t row = threadIdx.x; row < row_id; row += T::kThreads) {
-    sum += static_cast<uint32_t>(topk_row(p, row / heads, row % heads).count);
-  }
-  sum = __reduce_add_sync(0xffffffffu, sum);
-  if (threadIdx.x % kWarp == 0) shared.warp_above[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int warp = 0; warp < T::kWarps; ++warp) sum += shared.warp_above[warp];
-  return sum;
-}
 
 // 2. Bits of what lies above the open bin; what is inside becomes a candidate, or is tied if all of
 // it is equal.
@@ -231,7 +209,7 @@ __device__ __forceinline__ void write_positions(Shared<T>& shared,
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
     topk_kernel(const __grid_constant__ TopkParams p, uint32_t words) {
-  constexpr int kBlocks = T::kBlocks, kThreads = T::kThreads;
+  constexpr int kBlocks = T::kBlocks;
   extern __shared__ uint4 dynamic[];
   auto& shared = *reinterpret_cast<Shared<T>*>(dynamic);
   const SliceBits<T::kHasBits> bits{reinterpret_cast<uint32_t*>(&shared + 1),
@@ -246,43 +224,14 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
   launch_dependents();
 
   // who am I, and what is there to choose
-  const uint32_t block = blockIdx.x % kBlocks;  // rank in the cluster
-  const uint32_t row_id = blockIdx.x / kBlocks, heads = static_cast<uint32_t>(p.heads);
-  const uint32_t b = row_id / heads, h = row_id % heads;
-  TopkRow row = topk_row(p, b, h);
-  int64_t first_slot = row_id * p.k, slots = p.k;
-  if (p.indptr != nullptr) {
-    first_slot = min(slots_before(shared, p, row_id), p.total);
-    row.count = slots = min(row.count, p.total - first_slot);
-    const bool is_last = row_id + 1 == p.batch * heads;
-    if (block == 0 && threadIdx.x == 0) {
-      p.indptr[row_id] = static_cast<int32_t>(first_slot);
-      if (is_last) p.indptr[row_id + 1] = static_cast<int32_t>(first_slot + slots);
-    }
-    if (is_last) slots = p.total - first_slot;
-  }
-  int32_t* out = p.index + first_slot;
-  const auto sink = static_cast<uint32_t>(min(row.sink_end - row.begin, row.count));
-  const auto window = static_cast<uint32_t>(min(row.end - row.window_begin, row.count - sink));
-  const auto free = static_cast<uint32_t>(row.window_begin - row.sink_end);
-  const auto wanted = static_cast<uint32_t>(row.count - sink - window);
-  const auto write_forced = [&] {
-    write_range<T>(out, row.begin, sink, block);
-    write_range<T>(out + sink + wanted, row.window_begin, window, block);
-    for (int64_t i = row.count + block * kThreads + threadIdx.x; i < slots; i += kBlocks * kThreads)
-      out[i] = -1;
-  };
-  if (wanted == free || wanted == 0) {  // nothing to choose; all blocks of the cluster alike
-    write_forced();
-    write_range<T>(out + sink, row.sink_end, wanted, block);
-    return;
-  }
+  const uint32_t block = blockIdx.x % kBlocks, row_id = blockIdx.x / kBlocks;
+  const Task task = find_task<T>(shared.warp_above, p, row_id, block == 0);
+  if (!task.has_choice()) return task.write_forced<T>(block, kBlocks);  // all blocks alike
   cluster_arrive_relaxed<kBlocks>();  // this block runs: its shared memory may be written to
 
-  const float* scores = p.scores + b * p.batch_stride + h * p.head_stride;
-  const auto begin = static_cast<uint32_t>(row.sink_end);
-  const Sample<T> sample(scores + begin, free);
-  const Slice slice = Slice::make(scores, begin, begin + free, block, kBlocks);
+  const uint32_t begin = task.begin, free = task.free, wanted = task.wanted;
+  const Sample<T> sample(task.scores + begin, free);
+  const Slice slice = Slice::make(task.scores, begin, begin + free, block, kBlocks);
   slice.prefetch<T::kThreads>();
 
   // 1. the bin of the threshold
@@ -313,8 +262,9 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
     before.x += candidates.x;
     before.y += candidates.y;
   }
-  write_forced();
-  write_positions(shared, bits, slice, threshold, before, Slice::offset_of(scores), out + sink);
+  task.write_forced<T>(block, kBlocks);
+  write_positions(shared, bits, slice, threshold, before, Slice::offset_of(task.scores),
+                  task.out + task.sink);
 }
 
 template <typename T>

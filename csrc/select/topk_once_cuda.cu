@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(T::kThreads, 1024 / T::kThreads)
 
   // who am I, and what is there to choose
   const uint32_t block = blockIdx.x % kBlocks, row_id = blockIdx.x / kBlocks;
-  const Task task = find_task(shared, p, row_id, block == 0);
+  const Task task = find_task<T>(shared.warp_above, p, row_id, block == 0);
   if (!task.has_choice()) return task.write_forced<T>(block, kBlocks);  // all blocks alike
 
   const Sample<T> sample(task.scores + task.begin, task.free);

@@ -46,11 +46,11 @@ struct TopkShared {
 // Shared memory of a size that is known at launch.
 struct Lists {
   uint32_t capacity;
-  uint32_t* own;     // candidates of this block: keys
-  uint32_t* codes;   // and where they are: Groups::score
-  uint32_t* all;     // candidates of all blocks of the row, block after block: keys
-  uint16_t* staged;  // kGroupSize a warp: positions on their way out; shares memory with what is
-                     // not needed then
+  uint32_t* own;      // candidates of this block: keys
+  uint32_t* codes;    // and where they are: Groups::score
+  uint32_t* all;      // candidates of all blocks of the row, block after block: keys
+  uint16_t* staged;   // kGroupSize a warp: positions on their way out; shares memory with what is
+                      // not needed then
   uint32_t* words;    // of a group and lane: LaneBits::reached << 16 | LaneBits::marked, later with
                       // the candidates that are kept; unless they do not fit
   uint32_t* insides;  // LaneBits::inside of two lanes each

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   start(shared);
 
   const uint32_t block = blockIdx.x % all.blocks, row_id = blockIdx.x / all.blocks;
-  const Task task = find_task(shared, p, row_id, false);
+  const Task task = find_task<T>(shared.warp_above, p, row_id, false);
   if (!task.has_choice()) return;
   const Sample<T> sample(task.scores + task.begin, task.free);
   const Groups groups =
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Settling::kThreads, 2)
   start(shared);
 
   const uint32_t block = blockIdx.x % all.blocks, row_id = blockIdx.x / all.blocks;
-  const Task task = find_task(shared, p, row_id, block == 0);
+  const Task task = find_task<T>(shared.warp_above, p, row_id, block == 0);
   task.write_forced<T>(block, all.blocks);
   if (!task.has_choice()) return;
   const uint32_t begin = task.begin, end = begin + task.free, wanted = task.wanted;
@@ -155,12 +155,13 @@ __global__ void __launch_bounds__(Settling::kThreads, 2)
   }
 }
 
-// Blocks a row: as many as have a multiprocessor each, in slices that are more than overhead.
+// Blocks a row: as many as have a multiprocessor each. A second launch does not pay for shorter
+// rows, nor for less than four blocks a row.
 uint32_t blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
   const int64_t rows = p.batch * p.heads;
-  if (limits.major >= 9 || p.seq_len < 8192 || 2 * rows > limits.multiprocessors) return 1;
+  if (limits.major >= 9 || p.seq_len < 32768 || 4 * rows > limits.multiprocessors) return 1;
   int64_t blocks = kWarp / 2;
-  while (blocks * rows > limits.multiprocessors || p.seq_len < 1024 * blocks) blocks /= 2;
+  while (blocks * rows > limits.multiprocessors) blocks /= 2;
   return static_cast<uint32_t>(blocks);
 }
 

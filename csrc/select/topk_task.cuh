@@ -3,7 +3,6 @@
 
 #include "device/reduce.cuh"
 #include "select/topk.h"
-#include "select/topk_row.cuh"
 
 namespace kvc {
 
@@ -17,20 +16,20 @@ __device__ __forceinline__ void write_range(int32_t* out, int64_t first, uint32_
   }
 }
 
-// Ragged: kept entries of the rows before this one. The same number in all threads.
+// Ragged: kept entries of the rows before this one. The same number in all threads; `sums` are
+// kWarps words of shared memory.
 template <typename T>
-__device__ __noinline__ int64_t slots_before(TopkShared<T>& shared, const TopkParams& p,
-                                             uint32_t row_id) {
+__device__ __noinline__ int64_t slots_before(uint32_t* sums, const TopkParams& p, uint32_t row_id) {
   const auto heads = static_cast<uint32_t>(p.heads);
   uint32_t sum = 0;  // the total is an int32
   for (uint32_t row = threadIdx.x; row < row_id; row += T::kThreads) {
     sum += static_cast<uint32_t>(topk_row(p, row / heads, row % heads).count);
   }
   sum = __reduce_add_sync(0xffffffffu, sum);
-  if (threadIdx.x % kWarp == 0) shared.warp_above[threadIdx.x / kWarp] = sum;
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
   __syncthreads();
   sum = 0;
-  for (int warp = 0; warp < T::kWarps; ++warp) sum += shared.warp_above[warp];
+  for (int warp = 0; warp < T::kWarps; ++warp) sum += sums[warp];
   return sum;
 }
 
@@ -61,8 +60,8 @@ struct Task {
 
 // The task of a row; ragged rows cut short to what fits. One block of the row writes indptr.
 template <typename T>
-__device__ __forceinline__ Task find_task(TopkShared<T>& shared, const TopkParams& p,
-                                          uint32_t row_id, bool is_writer) {
+__device__ __forceinline__ Task find_task(uint32_t* sums, const TopkParams& p, uint32_t row_id,
+                                          bool is_writer) {
   const auto heads = static_cast<uint32_t>(p.heads);
   const uint32_t b = row_id / heads, h = row_id % heads;
   Task task{.row = topk_row(p, b, h),
@@ -70,7 +69,7 @@ __device__ __forceinline__ Task find_task(TopkShared<T>& shared, const TopkParam
             .slots = p.k};
   int64_t first_slot = row_id * p.k;
   if (p.indptr != nullptr) {
-    first_slot = min(slots_before(shared, p, row_id), p.total);
+    first_slot = min(slots_before<T>(sums, p, row_id), p.total);
     task.row.count = task.slots = min(task.row.count, p.total - first_slot);
     const bool is_last = row_id + 1 == p.batch * heads;
     if (is_writer && threadIdx.x == 0) {

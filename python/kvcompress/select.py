@@ -47,9 +47,9 @@ def topk(
     Raises:
         ValueError, TypeError: ``topk: argument must be ..., got ...``.
 
-    Scratch: none on CUDA from sm_90 on; before, for at most half as many rows as the GPU has multiprocessors, of 8192 entries
-    or more, up to three times the bytes of `scores`. On the CPU the scores that share 11 leading bits with the last one
-    kept, a few percent of a row.
+    Scratch: none on CUDA from sm_90 on; before, for rows of 32768 entries or more of which there are at most a quarter as
+    many as multiprocessors, up to three times the bytes of `scores`. On the CPU the scores that share 11 leading bits with
+    the last one kept, a few percent of a row.
 
     Example:
         >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7, 0.2]]])

@@ -103,30 +103,30 @@ def test_long_row(device):
 
 
 def sampled(size, count):
-    """The places where the CUDA kernel takes its sample of a row (csrc/select/sample_cut.cuh)."""
+    """The places where the CUDA kernels take their sample of a row (csrc/select/row_sample.cuh)."""
     i = torch.arange(count)
     stretch = 2**32 // count
     return (i * stretch + i * 0x9E3779B9 % stretch) * size >> 32
 
 
-def against_sample(kind, size):
-    """[1, 2, size] of which a sample says nothing, or what is wrong."""
-    scores = random((1, 2, size))
-    places = sampled(size, 1024)
+def against_sample(kind, shape):
+    """Scores of which a sample says nothing, or what is wrong."""
+    scores, size = random(shape), shape[-1]
+    places = torch.cat([sampled(size, 512), sampled(size, 1024)])
     if kind == "too_high":
         scores[..., places] += 100
     elif kind == "too_low":
         scores[..., places] -= 100
     elif kind == "crowded":  # far more between the cut's ends than it says, hardly any of them equal
-        crowd = 0.674 + 1e-3 * random((1, 2, size), seed=1)
+        crowd = 0.674 + 1e-3 * random(shape, seed=1)
         crowd[..., places] = scores[..., places]
         scores = crowd
     elif kind == "tied":  # one value that the sample does not know
-        tied = torch.full((1, 2, size), 0.674)
+        tied = torch.full(shape, 0.674)
         tied[..., places] = scores[..., places]
         scores = tied
     elif kind == "nan":
-        nan = torch.full((1, 2, size), math.nan)
+        nan = torch.full(shape, math.nan)
         nan[..., places] = scores[..., places]
         scores = nan
     return scores
@@ -142,15 +142,12 @@ def by_sort(scores, k):
 @pytest.mark.parametrize("kind", ["too_high", "too_low", "crowded", "tied", "nan"])
 @pytest.mark.parametrize("size", [1500, 9000, 40_000])
 def test_against_sample(kind, size, device):
-    scores = against_sample(kind, size)
+    scores = against_sample(kind, (1, 2, size))
     for k in (1, 300, size // 4, size - 300):
         assert torch.equal(kvcompress.topk(scores.to(device), k).cpu(), by_sort(scores, k))
 
 
-@pytest.mark.parametrize("kind", ["random", "sums_of_attention", "half_minus_inf", "few_values", "ascending"])
-@pytest.mark.parametrize("shape", [(1, 8, 33_000), (1, 70, 9001), (2, 1, 300_000)])
-def test_slices(kind, shape, device):
-    """Rows that several blocks share, and what they look like in use."""
+def as_in_use(kind, shape):
     scores = random(shape)
     if kind == "sums_of_attention":  # within a factor of two of each other, and smooth
         scores = torch.nn.functional.avg_pool1d(scores.mul(0.2).exp(), 5, 1, 2) / shape[-1]
@@ -160,8 +157,33 @@ def test_slices(kind, shape, device):
         scores = (scores * 10).round()
     elif kind == "ascending":
         scores = scores.sort(-1).values
+    return scores
+
+
+IN_USE = ["random", "sums_of_attention", "half_minus_inf", "few_values", "ascending"]
+
+
+@pytest.mark.parametrize("kind", IN_USE)
+@pytest.mark.parametrize("shape", [(1, 8, 33_000), (1, 70, 9001), (2, 1, 300_000)])
+def test_slices(kind, shape, device):
+    """Rows that several blocks share, and what they look like in use."""
+    scores = as_in_use(kind, shape)
     for k in (1024, shape[-1] // 4, shape[-1] // 2 + 100):
         assert torch.equal(kvcompress.topk(scores.to(device), k).cpu(), by_sort(scores, k))
+
+
+@pytest.mark.parametrize("kind", [*IN_USE, "too_high", "too_low", "crowded", "tied", "nan"])
+@pytest.mark.parametrize(("shape", "k"), [((1, 70, 45_007), 1024), ((2, 20, 90_001), 1024), ((1, 1, 330_000), 300)])
+def test_slices_read_once(kind, shape, k, device):
+    """Long slices and few kept: the cut comes from the sample, and is made anew where that is no good."""
+    if kind in IN_USE:
+        scores = as_in_use(kind, shape)
+        got = kvcompress.topk(scores.to(device), k, sink=3, window=5).cpu()
+        scores[..., :3] = scores[..., -5:] = math.inf
+    else:
+        scores = against_sample(kind, shape)
+        got = kvcompress.topk(scores.to(device), k).cpu()
+    assert torch.equal(got, by_sort(scores, k))
 
 
 def test_around_zero(device):
