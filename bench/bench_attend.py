@@ -172,21 +172,29 @@ def eviction(device: torch.device, batch: int, capacity: int) -> Case:
 
 
 def ranking(device: torch.device, capacity: int, width: int) -> Case:
-    """What the last `width` queries think of the entries of a layer; beside it torch's softmax and sum."""
+    """What the last `width` queries think of the entries of a layer, alone and with the eviction by it; torch's softmax and sum."""
 
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
         history = torch.randn(1, KV_HEADS, capacity, width, device=device)
         positions = torch.arange(capacity, dtype=torch.int32, device=device).repeat(1, KV_HEADS, 1)
         full = torch.full((1, KV_HEADS), capacity, dtype=torch.int32, device=device)
-        return history, positions, full, full
+        buffers, rows = (
+            [torch.randn(1, KV_HEADS, n, DIM, device=device, dtype=torch.bfloat16) for _ in range(2)]
+            for n in (capacity, 1)
+        )
+        return history, positions, full, full.clone(), buffers, rows
+
+    def evict(x) -> object:
+        return kvcompress.evict_append_(*x[4:6], *x[1:4], history=x[0], fuse="sum", window=width)
 
     return Case(
         op="history_scores",
         label=f"B1 {capacity} entries, {width} queries",
         make=make,
         variants={
-            "kvcompress": lambda x: kvcompress.history_scores(*x, window=width),
+            "kvcompress": lambda x: kvcompress.history_scores(*x[:4], window=width),
             "torch softmax + sum": lambda x: x[0][:, :, :-width].softmax(2).sum(3),
+            "kvcompress.evict_append_, by history": evict,
         },
         read=4 * KV_HEADS * capacity * (width + 1),
         written=4 * KV_HEADS * capacity,
