@@ -6,8 +6,6 @@
 // what belongs to it, so no block waits for another. From sm_90 on the launch overlaps the end of
 // the kernel before it, and lets the one behind it start early (programmatic dependent launch).
 // Victims by history: evict_by_history_cuda.cu.
-#include <algorithm>
-
 #include "device/limits.cuh"
 #include "store/evict_append.cuh"
 
@@ -17,7 +15,7 @@ namespace {
 using evict::Unit;
 
 constexpr int kUnroll = 4;         // entries a thread has under way
-constexpr int kFewEntries = 2048;  // scores of a unit up to which its block is small
+constexpr int kFewEntries = 2048;  // up to here a small block
 constexpr int kSmallBlock = 256, kLargeBlock = 1024;
 
 template <int kThreads>
@@ -104,8 +102,7 @@ void evict_append_cuda(const EvictAppendParams& params, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   evict::visit_sinks(params, [&](auto rotated) {
     using Rotated = typename decltype(rotated)::type;
-    const int64_t read = params.capacity * std::max(params.scores.heads_a_unit, 1);
-    if (read <= kFewEntries) return launch<Rotated, kSmallBlock>(params, on);
+    if (params.capacity <= kFewEntries) return launch<Rotated, kSmallBlock>(params, on);
     launch<Rotated, kLargeBlock>(params, on);
   });
 }
