@@ -58,6 +58,11 @@ def _empty_rows(shape: tuple[int, ...], device: str | torch.device) -> Tensor:
     return scores
 
 
+def _pooled_sums(shape: tuple[int, ...], device: str | torch.device) -> Tensor:
+    """As `window_scores` gives them: sums of some hundred weights, so all within a tenth of their mean, and smooth."""
+    return torch.nn.functional.avg_pool1d(1 + 0.08 * torch.randn(shape, device=device), 5, stride=1, padding=2)
+
+
 # Scores that a selection must not be slow or wrong on.
 SCORES: dict[str, Callable[[tuple[int, ...], str | torch.device], Tensor]] = {
     "random": lambda shape, device: torch.randn(shape, device=device),
@@ -66,6 +71,7 @@ SCORES: dict[str, Callable[[tuple[int, ...], str | torch.device], Tensor]] = {
     "presorted": lambda shape, device: torch.randn(shape, device=device).sort(-1).values,
     "-inf rows": _empty_rows,
     "narrow range": lambda shape, device: 1 + 1e-4 * torch.rand(shape, device=device),
+    "pooled sums": _pooled_sums,
 }
 
 
