@@ -16,10 +16,10 @@
 // V after the output: 8 KB a warp are under way at all times, across the borders of stores.
 //
 // At the end of a store the warps' sums meet in shared memory and one partial result leaves for
-// scratch, or the result itself where the worker has all tiles of the store. Bound: K and V once. No
-// atomics: the same bits every run. With one row of the batch a worker has two to five steps a warp,
-// so what stands in front of the first loads counts: parameters are planned on the host, arithmetic
-// is 32-bit, and what needs no memory is done while the launch in front ends.
+// scratch, or the result itself where the worker has all tiles of the store. Bound: K and V once.
+// No atomics: the same bits every run. With one row of the batch a worker has two to five steps a
+// warp, so what stands in front of the first loads counts: parameters are planned on the host,
+// arithmetic is 32-bit, and what needs no memory is done while the launch in front ends.
 #include <algorithm>
 #include <type_traits>
 
