@@ -662,9 +662,9 @@ class PrefixMass(Budget):
 
 def mass_before(held: Tensor, entries: int) -> np.ndarray:
     """Share of a row's mass that stands before each of its first `entries` entries, from its `cumulative_mass`."""
-    sums = held.numpy()
-    before = np.concatenate([[0], sums[: max(entries - 1, 0)]])[:entries]
-    return before / max(int(sums[-1]), 1)
+    sums, before = held.numpy(), np.zeros(entries)
+    np.divide(sums[: max(entries - 1, 0)], max(int(sums[-1]), 1), out=before[1:])
+    return before
 
 
 @dataclass(frozen=True)

@@ -149,23 +149,27 @@ def _(
 
 # --- what scores of keys and values share
 #
-# Torch's linear algebra on purpose, in float32 pieces of CHUNK entries: products with small matrices, norms and factorisations,
+# Torch's linear algebra on purpose, in float32 pieces of the cache: products with small matrices, norms and factorisations,
 # which are its business and bound by reading K and V once or twice. That is Compactor's sketch, Gram matrices, Cholesky
 # factors and attention inside chunks, CurDKV's row energies, the norms and anchors of Knorm and KeyDiff, Expected
 # Attention's moments and quadratic forms, and OBCache's output of the observing queries. What would write a map of
 # queries x keys instead is an op: `window_scores`, `column_sums`.
 
-CHUNK = 1024  # entries that are widened to float32 at a time
+CHUNK = 1024  # entries that are widened to float32 at a time, where order of summation counts
+_CHUNKS = (
+    8  # pieces of a long row where it does not: a launch for each of 1024 entries costs the host more than the pass
+)
 
 
 def by_chunks(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``compute(*tensors)`` entry by entry, `CHUNK` entries at a time in float32: the cache is never widened as a whole.
+    """``compute(*tensors)`` entry by entry, `CHUNK` entries or an eighth at a time in float32: the cache is never widened as a whole.
 
     Args:
         compute: ``[batch, heads, n, ...]`` float32 tensors -> ``[batch, heads, n, ...]``.
         tensors: ``[batch, heads, seq_len, ...]``.
     """
-    parts = [compute(*(t.float() for t in part)) for part in zip(*(t.split(CHUNK, dim=2) for t in tensors))]
+    size = max(CHUNK, -(-tensors[0].shape[2] // _CHUNKS))
+    parts = [compute(*(t.float() for t in part)) for part in zip(*(t.split(size, dim=2) for t in tensors))]
     return torch.cat(parts, dim=2)
 
 
