@@ -199,7 +199,7 @@ def table(figures: dict) -> str:
         best = own["kvcompress"]
         graph = own.get("kvcompress, in a graph")
         others = [
-            f"{variant} {number(row[statistic])} ({row[statistic] / best[statistic]:.1f}x)"
+            f"{variant} {number(row[statistic])} ({row['times_ours']:.1f}x)"
             for variant, row in own.items()
             if not variant.startswith("kvcompress")
         ]
