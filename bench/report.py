@@ -274,12 +274,37 @@ def launched_table(figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory_table(figures: dict) -> str:
+    """Bytes of a cache: after the prefill, at the worst end of a layer, and what the prefill peaks at beyond one without a cache."""
+    lines = [
+        "| cache | entries of a head, least to most | after the prefill | most at the end of a layer | at the peak | prefill s |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+
+    def mib(count: float) -> str:
+        return f"{count / 2**20:,.0f}"
+
+    for row in figures["results"]:
+        least, most = row["least_and_most_a_head"]
+        heads = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        peak = row["prefill_peak_bytes"] - row["prefill_peak_without_cache"]
+        sizes = " | ".join(map(mib, (row["held_bytes"], row["most_held_at_a_layers_end"], peak)))
+        lines.append(f"| `{row['run'].partition('(')[0]}` | {heads} | {sizes} | {row['prefill_s']:.2f} |")
+    asked = figures["arguments"]
+    lines.append(
+        f"\n{figures['device']}, torch {figures['torch']}, {asked['layers']} layers, a prompt of {asked['seq_len']:,} tokens, "
+        f"methods at {asked['budget']:.0%} of the entries; MiB, the peak beyond that of a prefill without a cache."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
 
 
 TABLES = {
     "core": table, "long": long_table, "decode": decode_table, "launched": launched_table, "board": quality.tables,
+    "memory": memory_table,
 }  # fmt: skip
 MARK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
