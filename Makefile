@@ -11,7 +11,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 SOURCES  := CMakeLists.txt $(shell find csrc third_party -type f)
 CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: help setup build fmt lint readme test test-gpu bench bench-cpp sanitize demo clean
+.PHONY: help setup build fmt lint readme test test-gpu bench board bench-cpp sanitize demo clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -53,6 +53,9 @@ test-gpu: setup  ## everything; fails where there is no GPU
 
 bench: setup  ## the core ops against torch and the floor, into bench/results/<device>_core.json
 	python bench/run.py --core --save
+
+board: setup  ## every method's quality on kvc-mini, into bench/results/quality_kvc_mini.json
+	python bench/quality.py
 
 bench-cpp: setup  ## C++ microbenchmarks of the torch-free core (needs Google Benchmark)
 	cmake -S . -B build/bench -G Ninja -DKVC_BENCH=ON -DKVC_PYTHON=OFF -DCMAKE_CUDA_ARCHITECTURES="$(ARCH)" -DPython_EXECUTABLE=$$(which python)

@@ -45,7 +45,7 @@ PEERS = {
 # prompt by default, here evicting with every decoded token as well.
 MORE = (
     "squeeze_attention+snapkv:window=16", "zigzagkv+snapkv:window=16", "chunkkv:window=16", "obcache:window=16",
-    "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0", "auto:lookahead=16",
+    "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0", "auto:lookahead=8",
     "h2o:decode=True", "tova:decode=True", "obcache:decode=True",
 )  # fmt: skip
 TIMED_AT = 0.1  # the share at which methods are timed, by a process alone
@@ -297,18 +297,16 @@ def made(result: dict) -> str:
     asked, total = sum(what["questions"].values()), sum(what["of"].values())
     methods = len({line["method"] for line in result["lines"]}) - 1 if "lines" in result else what["methods"]
     gone = [
-        f"{go['wall_s']:.0f} s ({go['cpu_s']:.0f} s of a core; of it {go['timing_s']:.0f} s to time each method alone) "
+        f"{go['wall_s']:,.0f} s ({go['timing_s']:,.0f} s of them to time each method alone; {go['cpu_s']:,.0f} s of a core) "
         f"in {go['where']['processes']} processes on {go['where']['device']}"
         for go in result["goes"]
     ]
-    share = sum(go["cpu_s"] - go["timing_cpu_s"] for go in result["goes"]) * total / asked
-    scaled = (
-        f"; all {total} questions would be about {share:,.0f} s of a core (scaled, not measured)"
-        if asked < total
-        else ""
-    )
+    notes = [result["note"]] if "note" in result else []
+    if asked < total:
+        share = sum(go["cpu_s"] - go["timing_cpu_s"] for go in result["goes"]) * total / asked
+        notes.append(f"all {total} questions would be about {share:,.0f} s of a core (scaled, not measured)")
     return (
-        f"{methods} methods, {asked} of {total} questions: {', then '.join(gone)}{scaled}. "
+        f"{methods} methods, {asked} of {total} questions: {'; '.join([', then '.join(gone), *notes])}. "
         f"torch {last['torch']}, {last['dtype']}, {last['date']}."
     )
 

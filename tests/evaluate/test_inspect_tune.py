@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from kvcompress import methods
+from kvcompress import budget, methods
 from kvcompress.evaluate.fidelity import attention_error
 from kvcompress.evaluate.reading import Reading
 from kvcompress.evaluate.tune import SHARES, Point, pareto
-from kvcompress.models import attach
+from kvcompress.models import CompressedCache, attach
 from tests.cli.conftest import refused, run  # noqa: F401
 
 
@@ -74,7 +74,7 @@ def test_inspect(run, checkpoint, tmp_path):  # noqa: F811
     assert (tmp_path / "p.png").exists()
 
 
-def test_tune_finds_the_border_and_its_profile_loads(run, tmp_path):  # noqa: F811
+def test_tune_finds_the_border_and_its_profile_loads(run, random_model, tmp_path):  # noqa: F811
     profile = tmp_path / "p.json"
     words = ("tune", "--max-loss", "0.0", "--tasks", "passkey,niah_single", "--lengths", "600", "--limit", "2")
     result = run(
@@ -88,6 +88,12 @@ def test_tune_finds_the_border_and_its_profile_loads(run, tmp_path):  # noqa: F8
     method = methods.load_profile(profile)
     assert str(method) == shown["found"]["parameters"]
     assert method.budget in SHARES
+    model, _ = random_model  # the cache object takes it, for any model
+    cache = CompressedCache(model.config, method)
+    with attach(model), torch.inference_mode():
+        model(torch.arange(3, 203)[None], past_key_values=cache)
+    cache.finish_prompt()
+    assert {n for layer in cache.stats().layers for n in layer.entries} == {budget.entries(method.budget, 200)}
     losses = [p["loss"] for p in shown["pareto"]]
     assert losses == sorted(losses, reverse=True)
     (tmp_path / "q.txt").write_text("The grass is green. " * 30)
