@@ -47,7 +47,7 @@ struct Shape {
       kHasOthers ? 2 : 1;  // the barriers ask only whether there are others
   static_assert(kStages * kWords <= 32, "a bit a word");
 };
-using Alone = Shape<1024, 2, 3, false>;
+using Alone = Shape<512, 4, 3, false>;
 using Pair = Shape<512, 4, 3, true>;
 using Many = Shape<512, 4, 2, true>;
 constexpr int kRound = Alone::kRound;
