@@ -320,9 +320,17 @@ struct Resident {
   }
 };
 
+// The rows of a query head are filled up to whole 16.
 struct ResidentPlan : RowPlan {
-  int chunks;    // blocks of a head
-  int sixteens;  // of rows
+  int chunks;  // blocks of a kv head
+  int rows_a_head, num_rows, sixteens;
+
+  ResidentPlan(const RowPlan& plan, const WindowScoresParams& p) : RowPlan(plan), chunks(1) {
+    rows_a_head = static_cast<int>(ceil_div(p.window, 16)) * 16;
+    num_rows = padded_rows = static_cast<int>(p.q_per_kv()) * rows_a_head;
+    sixteens = num_rows / 16;
+    padded_window = FastDivisor(static_cast<uint32_t>(rows_a_head));
+  }
 };
 
 template <typename Keys, typename Statistic>
@@ -331,7 +339,7 @@ __global__ void __launch_bounds__(Keys::kThreads, 1)
                           const __grid_constant__ ResidentPlan plan) {
   using T = typename Keys::T;
   extern __shared__ __align__(16) unsigned char memory[];
-  const int num_rows = 16 * plan.sixteens;
+  const int num_rows = plan.num_rows;
   T* queries = reinterpret_cast<T*>(memory);
   float2* stats = reinterpret_cast<float2*>(queries + num_rows * Keys::kStride);
   int2* bounds = reinterpret_cast<int2*>(stats + num_rows);
@@ -371,12 +379,31 @@ __global__ void __launch_bounds__(Keys::kThreads, 1)
     }
     Votes<Keys, Statistic> votes(p, head, key0);
     const bool masked = key0 < head.start || key0 + Keys::kWarpRows - 1 > least;
+    float x[Keys::kBlocks][2][4];
+    if (masked) {
 #pragma unroll 1
-    for (int n = 0; n < plan.sixteens; ++n) {
-      const bool seen = !masked || bounds[n].y >= key0;
-      float x[Keys::kBlocks][2][4];
-      if (seen) keys.product(x, queries + 16 * n * Keys::kStride, lane);
-      join_rows(votes, plan, x, 16 * n, stats + 16 * n, limits + 16 * n, seen, masked);
+      for (int n = 0; n < plan.sixteens; ++n) {
+        const bool seen = bounds[n].y >= key0;
+        if (seen) keys.product(x, queries + 16 * n * Keys::kStride, lane);
+        join_rows(votes, plan, x, 16 * n, stats + 16 * n, limits + 16 * n, seen, true);
+      }
+    } else {  // nothing but products and exponentials between the ends of the heads
+      const T* rows = queries;
+      const float2* of_rows = stats + 2 * (lane % 4);
+      for (int g = 0; g < plan.num_rows / plan.rows_a_head; ++g) {
+#pragma unroll 1
+        for (int n = 0; n < plan.rows_a_head; n += 16) {
+          keys.product(x, rows, lane);
+#pragma unroll
+          for (int octet = 0; octet < 2; ++octet) {
+            const float4 two = *reinterpret_cast<const float4*>(of_rows + 8 * octet);
+            votes.template join<false>(x, octet, two, int2{});
+          }
+          rows += 16 * Keys::kStride;
+          of_rows += 16;
+        }
+        votes.finish_head(g);
+      }
     }
     votes.finish_group();
   }
@@ -472,13 +499,13 @@ void launch_votes(const WindowScoresParams& p, cudaStream_t stream) {
   const RowPlan plan = make_row_plan<typename Tile::T>(p);
   if constexpr (Tile::kTensorCores) {
     using Keys = Resident<Tile>;
-    const int64_t sixteens = ceil_div(plan.padded_rows, 16);
-    if (plan.aligned && sixteens * Keys::bytes(1) <= device_limits().shared_bytes) {
-      const int chunks = chunks_of_keys(plan.num_heads, ceil_div(p.num_scored, Keys::kWarpRows));
+    const int64_t most = device_limits().shared_bytes / Keys::bytes(1) * 16;
+    if (plan.aligned && p.q_per_kv() * ceil_div(p.window, 16) * 16 <= most) {
+      ResidentPlan own(plan, p);
+      own.chunks = chunks_of_keys(plan.num_heads, ceil_div(p.num_scored, Keys::kWarpRows));
       return launch_tiles(resident_votes_kernel<Keys, Statistic>,
-                          static_cast<int64_t>(plan.num_heads) * chunks, Keys::kThreads,
-                          Keys::bytes(static_cast<int>(sixteens)), kOp, stream, p,
-                          ResidentPlan{plan, chunks, static_cast<int>(sixteens)});
+                          static_cast<int64_t>(own.num_heads) * own.chunks, Keys::kThreads,
+                          Keys::bytes(own.sixteens), kOp, stream, p, own);
     }
   }
   const int64_t blocks = ceil_div(p.num_scored, Tile::kLeft) * plan.num_heads;
