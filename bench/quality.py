@@ -10,6 +10,7 @@ is above our interval, or is of another number of entries, it says so, and the f
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -48,6 +50,7 @@ MORE = (
     "adakv+keydiff", "keydiff:before_rope=True:window=32:sink=4", "auto:attention=0", "auto:lookahead=8",
     "h2o:decode=True", "tova:decode=True", "obcache:decode=True",
 )  # fmt: skip
+SECONDS = ("prefill_s", "compress_s", "decode_s")
 TIMED_AT = 0.1  # the share at which methods are timed, by a process alone
 # Tokens of prompts that a process takes at a time. On a GPU, reading, cuts and scores of so many take about 16 GiB.
 TOKENS = {"cpu": 1 << 15, "cuda": 1 << 17}
@@ -91,20 +94,24 @@ def work(job: tuple) -> list[dict]:
     return [record.to_dict() for record in found]
 
 
-def times(args: argparse.Namespace, samples: dict[int, list]) -> dict[tuple, dict]:
+def times(args: argparse.Namespace, samples: dict[int, list]) -> list[dict]:
     """Seconds of every method and length at `TIMED_AT`, in this process with nothing beside it; best of three, so the first may be slow."""
+    import torch
+
     from kvcompress.evaluate import evaluate
     from kvcompress.evaluate.metrics import summarise
 
     start(argparse.Namespace(**{**vars(args), "keep": [TIMED_AT]}), args.threads or os.cpu_count() or 1)
     model, tokenizer, candidates = (_worker[name] for name in ("model", "tokenizer", "candidates"))
-    seconds = {}
+    rows = []
     for length, own in samples.items():
         few = [sample for sample in own if sample.task == own[0].task][:3]
         for run in summarise(evaluate(model, tokenizer, few, candidates, question_visible=[False], timed=3)):
-            seconds[run["method"], length] = {n: run[n] for n in ("prefill_s", "compress_s", "decode_s")}
+            rows.append({"method": run["method"], "length": length, **{n: run[n] for n in SECONDS}})
     _worker.clear()
-    return seconds
+    if str(args.device).startswith("cuda"):
+        torch.cuda.empty_cache()
+    return rows
 
 
 def jobs_of(groups: list, modes: tuple, done: set, tokens: int) -> list[tuple]:
@@ -121,18 +128,44 @@ def jobs_of(groups: list, modes: tuple, done: set, tokens: int) -> list[tuple]:
     return [(part, modes, {key for key in done if key[2] in own}) for part, own in zip(parts, ids)]
 
 
-def read_records(path: Path) -> tuple[list[dict], list[dict]]:
-    """What earlier goes have measured, and what they say of themselves. A last line that was cut off is taken out of the file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
+def read_records(path: Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """What earlier goes have measured: records, times of methods, and what each go took up to its last part.
+
+    What was cut off at the end is taken out of the file.
+    """
+    lines, rows, is_cut = [], [], False
+    if path.exists():
+        with opened(path, "r") as source:
+            try:
+                lines.extend(source)
+            except EOFError:  # the last member of a .gz
+                is_cut = True
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
                 raise
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]))
-    return [row for row in rows if "go" not in row], [row["go"] for row in rows if "go" in row]
+            is_cut = True
+    if is_cut:
+        with opened(path, "w") as sink:
+            sink.writelines(json.dumps(row) + "\n" for row in rows)
+    goes = {row["go"]["began"]: row["go"] for row in rows if "go" in row}  # the last word of each
+    return (
+        [row for row in rows if "id" in row],
+        [row for row in rows if "compress_s" in row and "id" not in row],
+        [*goes.values()],
+    )
+
+
+def opened(path: Path, mode: str) -> IO[str]:
+    """A text file; a .gz one gets a member of its own each time it is written to."""
+    return gzip.open(path, mode + "t") if path.suffix == ".gz" else path.open(mode)
+
+
+def add(path: Path, rows: list[dict]) -> None:
+    with opened(path, "a") as sink:
+        sink.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -141,7 +174,7 @@ def measure(args: argparse.Namespace) -> dict:
     from kvcompress.evaluate.tasks import by_context, first
 
     started = time.perf_counter()
-    held, _ = read_records(args.records)
+    held, known, _ = read_records(args.records)
     samples = {
         length: first(read_samples(args.tasks / f"shared_{length}.jsonl.gz"), args.limit or LIMITS[length])
         for length in args.lengths
@@ -153,36 +186,37 @@ def measure(args: argparse.Namespace) -> dict:
     done = {Record.from_dict(row).key for row in held}
     jobs = jobs_of(groups, modes, done, args.tokens or TOKENS[args.device.split(":")[0]])
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
-    seconds = {} if args.no_times else times(args, samples)
-    timing = time.perf_counter() - started, sum(os.times()[:4])
-    new = 0
-    with args.records.open("a") as sink:
-        with multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool:
-            for number, rows in enumerate(pool.imap_unordered(work, jobs), 1):
-                new += len(rows)
-                sink.writelines(json.dumps(row) + "\n" for row in rows)
-                sink.flush()
-                print(f"{number}/{len(jobs)} parts, {time.perf_counter() - started:.0f} s", file=sys.stderr)
-            pool.close()
-            pool.join()
-        go = {
-            "where": where(args),
-            "wall_s": round(time.perf_counter() - started, 1),
-            "cpu_s": round(sum(os.times()[:4]), 1),  # of all processes
-            "timing_s": round(timing[0], 1),  # of it, to time each method alone
-            "timing_cpu_s": round(timing[1], 1),
-            "records": new,
-        }
-        sink.write(json.dumps({"go": go}) + "\n")
-    held, goes = read_records(args.records)
+    go: dict = {"began": time.strftime("%Y-%m-%d %H:%M:%S"), "where": where(args), "records": 0}
+    go |= {"timing_s": 0.0, "timing_cpu_s": 0.0}  # of it, to time each method alone
+
+    def spent() -> tuple[float, float]:
+        """Since it began: seconds, and seconds of a core in all processes that have ended."""
+        return round(time.perf_counter() - started, 1), round(sum(os.times()[:4]), 1)
+
+    def note(rows: list[dict]) -> None:
+        add(args.records, [*rows, {"go": {**go, **dict(zip(("wall_s", "cpu_s"), spent()))}}])
+
+    if not known and not args.no_times:
+        known = times(args, samples)
+        go["timing_s"], go["timing_cpu_s"] = spent()
+        note(known)
+    with multiprocessing.get_context("spawn").Pool(args.jobs, start, (args, threads)) as pool:
+        for number, rows in enumerate(pool.imap_unordered(work, jobs), 1):
+            go["records"] += len(rows)
+            note(rows)
+            print(f"{number}/{len(jobs)} parts, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        pool.close()
+        pool.join()
+    if go["records"]:
+        note([])
+    held, known, goes = read_records(args.records)
     ids = {sample.id for group in groups for sample in group}
     records = [record for record in map(Record.from_dict, held) if record.id in ids]
-    goes = [go for go in goes if go["records"] or len(goes) == 1]
-    whole = sum(go["records"] for go in goes) == len(held)  # nothing is of a go that was ended
+    seconds = {(row["method"], row["length"]): {n: row[n] for n in SECONDS} for row in known}
     result = {
         "what": about(args, samples, groups),
         "goes": goes,
-        "wall_s": round(sum(go["wall_s"] for go in goes), 1) if whole else None,
+        "wall_s": round(sum(go["wall_s"] for go in goes), 1),
         "lines": lines_of(means(records), records, seconds, board(args.methods)),
     }
     return {**result, "behind_peers": behind(result)}
