@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kOwn; ++j) {
       const int bin = highest - j;
       if (bin >= 0) {
-        own[j].units = static_cast<int64_t>(static_cast<uint64_t>(shared.high[bin]) << 32 |
-                                            shared.low[bin]);
+        own[j].units =
+            static_cast<int64_t>(static_cast<uint64_t>(shared.high[bin]) << 32 | shared.low[bin]);
         own[j].count = shared.counts[bin];
       }
       through.units += own[j].units;
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x == 0) {
     const int64_t units = mass_units(__uint_as_float(found.prefix));
-    p.counts[row] = static_cast<int32_t>(
-        found.above.count + mass_ties(found.above.units, units, found.count, wanted));
+    p.counts[row] = static_cast<int32_t>(found.above.count +
+                                         mass_ties(found.above.units, units, found.count, wanted));
   }
 }
 

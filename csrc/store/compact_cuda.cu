@@ -17,8 +17,8 @@
 // (cp.async.wait_group). Nothing waits for another cluster, so there is no order of blocks in which
 // it could hang, whatever the index holds.
 //
-// A head of compact_ragged_ has a first row and a count of its own; its units walk as many rounds as
-// that count asks for, and stretches of heads do not overlap. Nothing else differs.
+// A head of compact_ragged_ has a first row and a count of its own; its units walk as many rounds
+// as that count asks for, and stretches of heads do not overlap. Nothing else differs.
 //
 // Bound: each moved row read once and written once; rows in place are skipped. Same bytes every
 // run.
