@@ -75,8 +75,13 @@ def paths(args: argparse.Namespace, device: torch.device, name: str) -> list[Pat
     return found
 
 
+def best_rate(row: dict, statistic: str) -> float:
+    """Bytes a second in the best round: what else the machine does is no property of a shape."""
+    return row["bytes_s"] * row[f"{statistic}_us"] / row["best_us"]
+
+
 def spread(rows: Sequence[dict], statistic: str) -> list[dict]:
-    """Of each op of a sweep: the best shape, and what the others cost beside it.
+    """Of each op of a sweep: the best shape, and what the others cost beside it, each in its best round.
 
     `by_bytes` compares times a byte that memory must give or take, `by_floor` times over the floor: a shape with more
     query rows has more products and exponentials a byte, and its floor knows.
@@ -85,14 +90,19 @@ def spread(rows: Sequence[dict], statistic: str) -> list[dict]:
     found = []
     for op in dict.fromkeys(row["op"] for row in ours):
         own = [row for row in ours if row["op"] == op]
-        best = {"by_bytes": min(1 / row["bytes_s"] for row in own), "by_floor": min(row["floor_ratio"] for row in own)}
-        entry: dict[str, object] = {"op": op, "shapes": len(own), "best_bytes_s": 1 / best["by_bytes"]}
-        for name, least in best.items():
-            times = {
-                row["case"]: (1 / row["bytes_s"] if name == "by_bytes" else row["floor_ratio"]) / least for row in own
-            }
-            over = {case: round(value, 2) for case, value in times.items() if value > CLIFF}
-            entry[name] = {"worst": round(max(times.values()), 2), "over_2x": over}
+        costs = {
+            "by_bytes": {row["case"]: 1 / best_rate(row, statistic) for row in own},
+            "by_floor": {row["case"]: row["best_us"] / row["floor_us"] for row in own},
+        }
+        entry: dict[str, object] = {
+            "op": op,
+            "shapes": len(own),
+            "best_bytes_s": 1 / min(costs["by_bytes"].values()),
+        }
+        for name, cost in costs.items():
+            least = min(cost.values())
+            over = {case: round(value / least, 2) for case, value in cost.items() if value > CLIFF * least}
+            entry[name] = {"worst": round(max(cost.values()) / least, 2), "over_2x": over}
         found.append(entry)
     return found
 
@@ -166,20 +176,21 @@ def draw_sweep(figures: dict, path: Path) -> Path:
     figure = Figure(figsize=(3.6 * columns, 2.9 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     for line, (op, own) in zip(figure.subplots(len(panels), columns, squeeze=False), panels.items()):
-        best = max(row["bytes_s"] for shapes in own.values() for row in shapes) / 1e9
+        best = max(best_rate(row, figures["statistic"]) for shapes in own.values() for row in shapes) / 1e9
         for panel in line[len(own) :]:
             panel.set_axis_off()
         for panel, (swept, shapes) in zip(line, own.items()):
-            places = range(len(shapes))
-            panel.bar(places, [row["bytes_s"] / 1e9 for row in shapes], color="C0")
-            panel.plot(places, [row["bytes_s"] / 1e9 * row["floor_ratio"] for row in shapes], "k_", label="floor")
+            places, rates = range(len(shapes)), [best_rate(row, figures["statistic"]) / 1e9 for row in shapes]
+            floors = [rate * row["best_us"] / row["floor_us"] for rate, row in zip(rates, shapes)]
+            panel.bar(places, rates, color="C0")
+            panel.plot(places, floors, "k_", label="floor")
             panel.axhline(best / CLIFF, color="C3", linewidth=1, linestyle="--", label="half of the best")
             panel.set_xticks(places, [str(row["value"]) for row in shapes], rotation=90, fontsize=6)
             panel.set_title(f"{op}: {swept}", fontsize=8)
             panel.tick_params(axis="y", labelsize=6)
         line[0].set_ylabel("GB/s", fontsize=8)
         line[0].legend(fontsize=6)
-    figure.suptitle(f"{figures['device']}, {figures['statistic']} of {figures['rounds']} rounds, {figures['date']}")
+    figure.suptitle(f"{figures['device']}, best of {figures['rounds']} rounds, {figures['date']}")
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=80)
     return picture
