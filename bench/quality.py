@@ -193,8 +193,9 @@ def measure(args: argparse.Namespace) -> dict:
         """Since it began: seconds, and seconds of a core in all processes that have ended."""
         return round(time.perf_counter() - started, 1), round(sum(os.times()[:4]), 1)
 
-    def note(rows: list[dict]) -> None:
-        add(args.records, [*rows, {"go": {**go, **dict(zip(("wall_s", "cpu_s"), spent()))}}])
+    def note(rows: list[dict], *, ended: bool = False) -> None:
+        wall, cpu = spent()
+        add(args.records, [*rows, {"go": {**go, "wall_s": wall, "cpu_s": cpu if ended else None}}])
 
     if not known and not args.no_times:
         known = times(args, samples)
@@ -208,7 +209,7 @@ def measure(args: argparse.Namespace) -> dict:
         pool.close()
         pool.join()
     if go["records"]:
-        note([])
+        note([], ended=True)
     held, known, goes = read_records(args.records)
     ids = {sample.id for group in groups for sample in group}
     records = [record for record in map(Record.from_dict, held) if record.id in ids]
@@ -330,13 +331,14 @@ def made(result: dict) -> str:
     what, last = result["what"], result["goes"][-1]["where"]
     asked, total = sum(what["questions"].values()), sum(what["of"].values())
     methods = len({line["method"] for line in result["lines"]}) - 1 if "lines" in result else what["methods"]
-    gone = [
-        f"{go['wall_s']:,.0f} s ({go['timing_s']:,.0f} s of them to time each method alone; {go['cpu_s']:,.0f} s of a core) "
-        f"in {go['where']['processes']} processes on {go['where']['device']}"
-        for go in result["goes"]
-    ]
+    gone = []
+    for go in result["goes"]:
+        timing = f" ({go['timing_s']:,.0f} s of them to time each method alone)" if go["timing_s"] else ""
+        cores = f", {go['cpu_s']:,.0f} s of a core" if go["cpu_s"] else ""
+        where = f"{go['where']['processes']} processes on {go['where']['device']}"
+        gone.append(f"{go['records']:,} answers in {go['wall_s']:,.0f} s{timing}{cores} ({where})")
     notes = [result["note"]] if "note" in result else []
-    if asked < total:
+    if asked < total and all(go["cpu_s"] for go in result["goes"]):
         share = sum(go["cpu_s"] - go["timing_cpu_s"] for go in result["goes"]) * total / asked
         notes.append(f"all {total} questions would be about {share:,.0f} s of a core (scaled, not measured)")
     return (
