@@ -333,12 +333,13 @@ def made(result: dict) -> str:
     methods = len({line["method"] for line in result["lines"]}) - 1 if "lines" in result else what["methods"]
     gone = []
     for go in result["goes"]:
-        timing = f" ({go['timing_s']:,.0f} s of them to time each method alone)" if go["timing_s"] else ""
-        cores = f", {go['cpu_s']:,.0f} s of a core" if go["cpu_s"] else ""
+        timing = f" ({go['timing_s']:,.0f} s of them to time each method alone)" if go.get("timing_s") else ""
+        cores = f", {go['cpu_s']:,.0f} s of a core" if go.get("cpu_s") else ""
+        spent = f"in {go['wall_s']:,.0f} s{timing}{cores}" if go["wall_s"] else "in a time that was not taken"
         where = f"{go['where']['processes']} processes on {go['where']['device']}"
-        gone.append(f"{go['records']:,} answers in {go['wall_s']:,.0f} s{timing}{cores} ({where})")
+        gone.append(f"{go['records']:,} answers {spent} ({where}{'; ' + go['note'] if 'note' in go else ''})")
     notes = [result["note"]] if "note" in result else []
-    if asked < total and all(go["cpu_s"] for go in result["goes"]):
+    if asked < total and all(go.get("cpu_s") for go in result["goes"]):
         share = sum(go["cpu_s"] - go["timing_cpu_s"] for go in result["goes"]) * total / asked
         notes.append(f"all {total} questions would be about {share:,.0f} s of a core (scaled, not measured)")
     return (
