@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -133,7 +134,9 @@ def read_records(path: Path) -> tuple[list[dict], list[dict], list[dict]]:
 
     What was cut off at the end is taken out of the file.
     """
-    lines, rows, is_cut = [], [], False
+    lines: list[str] = []
+    rows: list[dict] = []
+    is_cut = False
     if path.exists():
         with opened(path, "r") as source:
             try:
@@ -158,9 +161,11 @@ def read_records(path: Path) -> tuple[list[dict], list[dict], list[dict]]:
     )
 
 
-def opened(path: Path, mode: str) -> IO[str]:
+def opened(path: Path, mode: Literal["r", "w", "a"]) -> IO[str]:
     """A text file; a .gz one gets a member of its own each time it is written to."""
-    return gzip.open(path, mode + "t") if path.suffix == ".gz" else path.open(mode)
+    if path.suffix != ".gz":
+        return path.open(mode)
+    return io.TextIOWrapper(gzip.GzipFile(path, mode))
 
 
 def add(path: Path, rows: list[dict]) -> None:
