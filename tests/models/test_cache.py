@@ -247,8 +247,8 @@ def test_gradients_flow_but_nothing_stored_holds_them(llama):
 def test_no_queries_wait_behind_a_cut(llama, name):
     """A first bound may keep all entries of a layer, but the prompt cannot go on: no query of it is needed again."""
     keeps = {}
-    for budget, fits in ((0.5, False), (PROMPT, True)):
-        cache = cache_of(llama, create(name, budget=budget))
+    for share, fits in ((0.5, False), (PROMPT, True)):
+        cache = cache_of(llama, create(name, budget=share))
         with attach(llama):
             llama(prompt(llama), past_key_values=cache)
         assert all(layer.store.is_complete for layer in cache.layers) == fits

@@ -205,8 +205,8 @@ def test_what_it_cannot_do_is_refused(llama, hybrid):
     chunks.attention_chunk_size = 16
     with pytest.raises(NotImplementedError, match="or over a sliding window, got chunked_attention"):
         FixedCache(chunks, SNAPKV)
+    cache = FixedCache(hybrid.config, SNAPKV)
     with attach(hybrid), pytest.raises(NotImplementedError, match="sliding-window layers overwrite"):
-        cache = FixedCache(hybrid.config, SNAPKV)
         hybrid.generate(prompt(hybrid), past_key_values=cache, prompt_lookup_num_tokens=4, max_new_tokens=4)
 
 

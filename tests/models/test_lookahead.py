@@ -76,7 +76,10 @@ def test_auto_with_a_draft(llama):
         tokens, _ = generate(llama, alone, row)
         assert torch.equal(together[b], tokens[0])
         for layer in range(len(cache.layers)):
-            held = [[[p for p in head if p >= 0] for head in own.positions(layer)[i].tolist()] for own, i in ((cache, b), (alone, 0))]
+            held = [
+                [[p for p in head if p >= 0] for head in own.positions(layer)[i].tolist()]
+                for own, i in ((cache, b), (alone, 0))
+            ]
             assert held[0] == held[1]
     stores = [layer.store for layer in alone.layers]
     decoded = stores[0].seen[0] - rows[-1].shape[1]

@@ -37,7 +37,8 @@ def same_address(held: Tensor | None, new: Tensor) -> Tensor:
 def _ring(layer: DynamicSlidingWindowLayer, seen: list[int]) -> DenseStore:
     """What a sliding-window layer holds of a left-padded prompt of `seen` tokens a row, with a budget of its window."""
     keys, values = layer.keys, layer.values
-    assert keys is not None and values is not None
+    assert keys is not None
+    assert values is not None
     held = [min(n, keys.shape[2]) for n in seen]
     store = DenseStore.from_prefill(keys, values, held, reserve=0)
     store.positions += torch.tensor([n - k for n, k in zip(seen, held)], device=keys.device)[:, None, None]
@@ -79,7 +80,9 @@ class FixedLayer(CacheLayerMixin):
         """Takes over a compressed prompt, see `FixedStore.load`."""
         self.store.load(store, room=room, capacity=capacity)
         self.cumulative_length = cumulative_length
-        self.inv_freq = None if inv_freq is None else same_address(self.inv_freq, inv_freq.to(store.keys.device).float())
+        self.inv_freq = (
+            None if inv_freq is None else same_address(self.inv_freq, inv_freq.to(store.keys.device).float())
+        )
         self.pending = None
         self.is_initialized = True
 
@@ -93,7 +96,8 @@ class FixedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """Stores the tokens that wait, evicts for them, and attends: ``[batch, num_q_heads, n, head_dim]``."""
-        assert self.pending is not None and self.cumulative_length is not None
+        assert self.pending is not None
+        assert self.cumulative_length is not None
         (keys, values), self.pending = self.pending, None
         out = self.store.step(query, keys, values, softmax_scale=scale, inv_freq=self.inv_freq)
         if self.is_last:

@@ -48,7 +48,9 @@ def look_ahead(model: Any, cache: CompressedCache, inputs: dict[str, Any], name:
     assert stages is not None
     tokens = inputs.get("input_ids")
     if tokens is None:
-        raise NotImplementedError(f"CompressedCache: {cache.method} drafts tokens, so the model must be given input_ids")
+        raise NotImplementedError(
+            f"CompressedCache: {cache.method} drafts tokens, so the model must be given input_ids"
+        )
     mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
     config = model.config
     draft = _Draft(cache, config, stages.draft, room=stages.tokens)
