@@ -397,7 +397,7 @@ def draw(result: dict, path: Path) -> None:
         panel.set_xticks([5, 10, 25, 50], labels=["5", "10", "25", "50"], minor=False)
         panel.set_xticks([], minor=True)
         panel.set_title(f"{length} tokens, question {'visible' if visible else 'hidden'}", fontsize=10)
-    panel.legend(fontsize=6, loc="lower right")
+    figure.legend(*panel.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.axes[0].set_ylabel("exact match, %")
     figure.savefig(path, dpi=80)
 
