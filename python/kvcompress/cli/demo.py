@@ -185,15 +185,14 @@ def ask(model: Any, tokenizer: Any, question: Question, method: Any) -> tuple[An
 
     Returns the answer, and the kept positions of each layer.
     """
-    from kvcompress.models import CompressedCache, attach
+    from kvcompress.models import CompressedCache, attach, cache_argument
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def step(ids: list[int]) -> int:
-        output = model(
-            torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        given = {"input_ids": torch.tensor([ids], device=model.device), cache_argument(model): cache}
+        output = model(**given, use_cache=True, logits_to_keep=1)
         return int(output.logits[0, -1].argmax())
 
     prompt = [tokenizer.bos_token_id, *encode(question.context), *encode(question.question)]

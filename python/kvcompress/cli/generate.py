@@ -43,7 +43,7 @@ def generate(
     loaded, tokenizer = choose.load_model(model, on, dtype)
     from transformers import TextStreamer
 
-    from kvcompress.models import CompressedCache, attach
+    from kvcompress.models import CompressedCache, attach, cache_argument
 
     class Stream(TextStreamer):
         """Streams the answer, and notes when its tokens came."""
@@ -75,7 +75,7 @@ def generate(
     ):
         output = loaded.generate(
             **inputs,
-            past_key_values=cache,
+            **{cache_argument(loaded): cache},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=stream,

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from kvcompress.evaluate.reading import compress_directly
 from kvcompress.methods import Method
-from kvcompress.models import CompressedCache, attach
+from kvcompress.models import CompressedCache, attach, cache_argument
 
 __all__ = ["CompressedLM", "run_tasks"]
 
@@ -98,8 +98,11 @@ class CompressedLM(TemplateLM):
         logits = []
         for part in parts:
             given = torch.tensor([part], device=self.model.device)
-            logits.append(self.model(given, past_key_values=cache, use_cache=cache is not None).logits[0])
+            logits.append(self._forward(given, cache).logits[0])
         return torch.cat(logits)
+
+    def _forward(self, ids: torch.Tensor, cache: CompressedCache | None, **options: Any) -> Any:
+        return self.model(ids, use_cache=cache is not None, **{cache_argument(self.model): cache}, **options)
 
     def _compress(self, ids: list[int]) -> CompressedCache | None:
         """The compressed prompt; None where there is nothing to compress."""
@@ -140,7 +143,7 @@ class CompressedLM(TemplateLM):
         last, text = ids[-1], ""
         while len(given) < limit:
             step = torch.tensor([[last]], device=self.model.device)
-            last = int(self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+            last = int(self._forward(step, cache, logits_to_keep=1).logits[0, -1].argmax())
             if last == self.tokenizer.eos_token_id:
                 break
             given.append(last)

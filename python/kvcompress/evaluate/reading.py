@@ -19,7 +19,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvcompress.layer import ALL_QUERIES, LayerState
 from kvcompress.methods import Method
-from kvcompress.models import Attachment, CompressedCache
+from kvcompress.models import Attachment, CompressedCache, cache_argument
 from kvcompress.models.layer import CompressedLayer
 from kvcompress.models.lookahead import look_ahead
 from kvcompress.models.rows import Rows, last_columns
@@ -75,7 +75,8 @@ def feed(
     if min(map(len, rows)) < longest or min(seen) < columns:
         before = torch.arange(columns, device=device) >= columns - past
         options["attention_mask"] = torch.cat([before, order >= 0], 1).long()
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **options).logits
+    options[cache_argument(model)] = cache
+    return model(ids, use_cache=True, logits_to_keep=keep, **options).logits
 
 
 def compress_directly(model: Any, ids: Sequence[int], method: Method | None, *, reserve: int = 0) -> CompressedCache:
@@ -91,11 +92,12 @@ def compress_directly(model: Any, ids: Sequence[int], method: Method | None, *, 
 def _look_ahead(model: Any, cache: CompressedCache, token: Tensor, lengths: Sequence[int]) -> None:
     """The draft of a method that looks ahead, as greedy decoding from the prompts' own logits would begin it."""
     seen = torch.tensor([list(lengths)], device=token.device).T
-    inputs = {"input_ids": token, "position_ids": seen, "past_key_values": cache, "use_cache": True}
+    name = cache_argument(model)
+    inputs = {"input_ids": token, "position_ids": seen, name: cache, "use_cache": True}
     columns = cache.get_seq_length()
     if min(lengths) < columns:
         inputs["attention_mask"] = (torch.arange(columns + 1, device=token.device) >= columns - seen).long()
-    look_ahead(model, cache, inputs, "past_key_values")
+    look_ahead(model, cache, inputs, name)
 
 
 class _Single:

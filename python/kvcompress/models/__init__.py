@@ -16,8 +16,8 @@ except ImportError as error:
     ) from error
 
 from kvcompress.models.attach import Attachment, attach
-from kvcompress.models.cache import CompressedCache
+from kvcompress.models.cache import CompressedCache, cache_argument
 from kvcompress.models.fixed import FixedCache
 from kvcompress.models.stats import CacheStats, LayerStats
 
-__all__ = ["Attachment", "CacheStats", "CompressedCache", "FixedCache", "LayerStats", "attach"]
+__all__ = ["Attachment", "CacheStats", "CompressedCache", "FixedCache", "LayerStats", "attach", "cache_argument"]

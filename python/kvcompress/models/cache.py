@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
@@ -32,9 +33,16 @@ if TYPE_CHECKING:
     from kvcompress.methods import Method
     from kvcompress.models.attach import Attachment
 
-__all__ = ["CompressedCache"]
+__all__ = ["CompressedCache", "cache_argument"]
 
 _FORMAT = "kvcompress cache 1"
+
+
+def cache_argument(model: Any) -> str:
+    """What the forward of `model` calls its cache: ``past_key_values``; ``cache`` from transformers 5.24 on, which means to drop
+    the older name in 5.40.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class CompressedCache(Cache):
