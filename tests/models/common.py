@@ -60,6 +60,12 @@ def prompt(model, length=PROMPT, batch=1, seed=0):
     return torch.cat([half, half[:, : length // 2]], 1).to(model.device)
 
 
+def distinct(model, length, seed):
+    """Tokens that come once each."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 + torch.randperm(95, generator=generator)[None, :length].to(model.device)
+
+
 def padded(rows):
     """Left-padded batch and its mask."""
     longest = max(row.shape[1] for row in rows)

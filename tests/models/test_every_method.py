@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress.methods import available, create
-from tests.models.common import PROMPT, cache_of, entries, generate, padded, prompt
+from tests.models.common import PROMPT, cache_of, distinct, entries, generate, padded
 from tests.models.conftest import SHAPE, _wild
 
 NEW = 6
@@ -32,15 +32,17 @@ def held(cache, row):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("name", available())
-def test_rows_of_a_padded_batch_are_those_rows_alone(name, kv_heads, device, request):
-    """Kept positions, tokens and logits with the method's own defaults at half of the prompt."""
-    if name == "curdkv" and device == "cuda":
-        request.applymarker(pytest.mark.xfail(reason="one of its rows differed on an H100; the cause is not known"))
+def test_rows_of_a_padded_batch_are_those_rows_alone(name, kv_heads, device):
+    """Kept positions, tokens and logits with the method's own defaults at half of the prompt.
+
+    No token comes twice: in the first layer the norms of equal tokens' keys and values are equal but for the rounding of the
+    rotation, and which of them a score of norms (CurDKV) keeps is for products of another shape to decide.
+    """
     torch.manual_seed(3)
     shape = {**SHAPE, "num_key_value_heads": kv_heads}
     model = _wild(LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **shape))).to(device)
     method = create(name, budget=0.5)
-    rows = [prompt(model, n, seed=n) for n in (PROMPT, 61, 12)]
+    rows = [distinct(model, n, seed=n) for n in (PROMPT, 61, 12)]
     ids, mask = padded(rows)
     together = cache_of(model, method)
     tokens, logits = generate(model, together, ids, new=NEW, attention_mask=mask)

@@ -27,7 +27,8 @@ class CurDKV(Method):
     ``kappa(j) = |k_j|^2`` and ``nu(j) = |v_j|^2`` (the paper's leverage scores), each divided by its sum over the entry's
     local window, combined, and divided by the sum over the sequence. Needs no queries. With `sketch`, the energies are
     those of ``K G`` and ``V G``, G Gaussian: cheaper to hold, equal in expectation. The first `sink` entries always stay.
-    Once, at the end of a layer's prefill.
+    Once, at the end of a layer's prefill. In the first layer a token's energies do not depend on where it stands: occurrences of
+    one token in a local window tie but for rounding.
 
     Departures from the authors' press and its merge NVIDIA/kvpress@8bb29b9 (CURPress):
         - left padding counts in no sum; local windows are counted from a row's own first or last entry.
