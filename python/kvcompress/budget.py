@@ -332,11 +332,9 @@ class Budget(ABC):
     """How many entries each layer and row may keep.
 
     Attributes:
-        deferred: the final numbers need all layers; until then `first` gives an upper bound, `measure` says what a layer shows,
-            and `settle` decides.
+        deferred: the final numbers need all layers. `measure` says what a layer shows, and `settle` decides; asked before the last
+            layer it gives upper bounds for the measured ones, which come down with every layer.
         wants_residual: what `settle` gets is each layer's residual cosine, not `measure`.
-        tightens: asked again with every layer (deferred budgets only): `settle` also takes what the first layers have measured, and
-            then gives upper bounds for them, so that a prompt never holds much more than the total and the current layer.
         across_heads: `settle_heads` decides instead of `settle`: heads of a layer keep different numbers of entries.
         needs_mass: it compares shares of the scores' sums, so they must not be negative.
         queries: how many of the last prompt queries it looks at itself, whatever the score needs.
@@ -345,7 +343,6 @@ class Budget(ABC):
 
     deferred: ClassVar[bool] = False
     wants_residual: ClassVar[bool] = False
-    tightens: ClassVar[bool] = False
     across_heads: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = False
     wants_lse: ClassVar[bool] = False
@@ -372,10 +369,10 @@ class Budget(ABC):
     def settle(
         self, measured: Sequence[Tensor], lengths: Sequence[int], *, floor: int, layers: int | None = None
     ) -> list[list[int]]:
-        """Final entries ``[layers][batch]`` from what the layers measured (deferred budgets only).
+        """Entries ``[measured][batch]`` from what the layers measured, final or upper bounds (deferred budgets only).
 
         Args:
-            measured: one tensor ``[batch, ...]`` a layer, on the host; of the first layers only where the budget tightens.
+            measured: one tensor ``[batch, ...]`` a layer, on the host; of the first layers only: bounds.
             lengths: real tokens of each row.
             floor: entries that the selection keeps in any case.
             layers: layers in all; None: as many as measured.
@@ -434,11 +431,22 @@ class Squeeze(Budget):
         return self.budget / length if isinstance(self.budget, int) else self.budget
 
     def first(self, layer: LayerState, scores: Scores) -> list[int]:
-        """The most that any clustering can give one layer: every other group is a single layer."""
-        layers, important = layer.num_layers, min(self.groups - 1, layer.num_layers)
-        share = (layers - (layers - important) * self.p) / important
-        means = [max(self._keep(n) * n, entries(self.budget, n)) if n else 0 for n in layer.lengths]
-        return [min(n, int(share * mean) + 1) for n, mean in zip(layer.lengths, means)]
+        """The most that any clustering can give one layer: every other important group is a single layer."""
+        return [self._bound(n, layer.num_layers, layer.num_layers) for n in layer.lengths]
+
+    def _bound(self, length: int, layers: int, unimportant: int) -> int:
+        """The most that a layer gets which is not in the unimportant group, if that has so many layers at most."""
+        n = max(min(unimportant, layers - self.groups + 1), 0)
+        mean = max(self._keep(length) * length, entries(self.budget, length)) if length else 0
+        return min(length, int(mean * (layers - n * self.p) / (layers - n)) + 1)
+
+    def _bounds(self, cosines: list[float], length: int, layers: int) -> list[int]:
+        """Of the measured layers. One that is important leaves to the group above it the layers of no lower cosine, and those to
+        come; one that is not gets less than the mean.
+        """
+        to_come = layers - len(cosines)
+        ranks = [sum(other >= own for other in cosines) - 1 for own in cosines]
+        return [self._bound(length, layers, rank + to_come) for rank in ranks]
 
     def keeps_all(self, length: int) -> bool:
         return entries(self.budget, length) >= length
@@ -449,9 +457,12 @@ class Squeeze(Budget):
         columns, layers = [], layers or len(measured)
         for row, length in enumerate(lengths):
             if entries(self.budget, length) >= length:  # nothing to hand around; a layer may still grow to its mean
-                columns.append([max(entries(self.budget, length), floor)] * layers)
+                columns.append([max(entries(self.budget, length), floor)] * len(measured))
                 continue
             cosines = [float(layer[row]) for layer in measured]
+            if len(measured) < layers:
+                columns.append([max(n, floor) for n in self._bounds(cosines, length, layers)])
+                continue
             groups = kmeans_1d(cosines, self.groups) if length else None
             keep = self._keep(max(length, 1))
             ratios = squeeze_ratios(groups, layers, keep, self.p * keep)
@@ -559,7 +570,6 @@ class ZigZag(Budget):
     tau: float = 0.9
     beta: float = 0.2
     deferred = True
-    tightens = True
     wants_lse = True
 
     def __post_init__(self) -> None:
@@ -622,7 +632,6 @@ class PrefixMass(Budget):
     budget: int | float
     forced: int = 0
     deferred = True
-    tightens = True
     needs_mass = True
 
     def __post_init__(self) -> None:

@@ -201,7 +201,6 @@ class OneList(Budget):
 
     budget: int | float
     deferred = True
-    tightens = True
     across_heads = True
 
     def __post_init__(self) -> None:

@@ -283,13 +283,14 @@ class Pipeline:
         if layer.index % self.stages.reuse == 0:
             self._shared = None  # of another group, or another prompt
         scores = functools.cache(lambda: self._score(layer))
-        if budget.deferred and not budget.wants_residual:
+        is_measured = budget.deferred and not budget.wants_residual
+        bounds: dict[int, Targets]
+        if is_measured:
             self._measured[layer.index] = budget.measure(layer, self._raised(layer, scores))
-        if budget.tightens:
             bounds = dict(enumerate(self._settled(layer.index + 1, layer.lengths)))
         else:
             bounds = {layer.index: self._at_least_forced(budget.first(layer, scores))}
-        final = not budget.deferred or (budget.tightens and layer.index + 1 == self.num_layers)
+        final = not budget.deferred or (is_measured and len(bounds) == self.num_layers)
         store, held = self._cut(layer, scores, bounds[layer.index], store, final=final)
         if self.stages.decode is not None:
             assert isinstance(store, (DenseStore, RaggedStore))
@@ -302,15 +303,25 @@ class Pipeline:
             )
             bound = _entries(bounds[layer.index], layer.lengths)
             self._unsettled[layer.index] = _Unsettled(store, ranked, bound, held)
-        if not budget.tightens:
-            self._settle()
-        elif not final:
-            self._tighten(bounds)
-        else:
-            for index, targets in bounds.items():
-                self._cut_again(index, targets, final=True)
-            self.reset()
+        if is_measured:
+            self._bring_down(bounds)
         return store
+
+    def observe_residual(self, index: int, importance: Tensor) -> None:
+        """Takes the mean cosine ``[batch]`` of layer `index`, which has been compressed (see `kvcompress.cosine_importance`)."""
+        if index not in self._unsettled:
+            return
+        self._measured[index] = importance
+        self._bring_down(dict(enumerate(self._settled(index + 1, self._unsettled[index].ranked.lengths))))
+
+    def _bring_down(self, bounds: dict[int, Targets]) -> None:
+        """Cuts the waiting layers down to bounds that have come down, or, once all are measured, to the final budgets."""
+        if len(bounds) < self.num_layers:
+            self._tighten(bounds)
+            return
+        for index, targets in bounds.items():
+            self._cut_again(index, targets, final=True)
+        self.reset()
 
     def _tighten(self, bounds: dict[int, Targets]) -> None:
         """Cuts waiting layers down to bounds that have come down, those with most to give first, until what is spare is little."""
@@ -349,26 +360,13 @@ class Pipeline:
             return scores
         return lambda: self.stages.select.raised(scores(), layer.lengths, seq_start=layer.seq_start)
 
-    def observe_residual(self, index: int, importance: Tensor) -> None:
-        """Takes the mean cosine ``[batch]`` of layer `index` (see `kvcompress.cosine_importance`)."""
-        self._measured[index] = importance
-        self._settle()
-
-    def _settle(self) -> None:
-        """Once all layers are measured and cut a first time: the final budgets, and the second cut down to them."""
-        if len(self._measured) < self.num_layers or len(self._unsettled) < self.num_layers:
-            return
-        for index, targets in enumerate(self._settled(self.num_layers, self._unsettled[0].ranked.lengths)):
-            self._cut_again(index, targets, final=True)
-        self.reset()
-
     def _settled(self, count: int, lengths: list[int]) -> Sequence[Targets]:
         """What the budget makes of the first `count` layers' measurements: final for all layers, else upper bounds."""
         budget, floor = self.stages.budget, self.stages.select.forced
         if budget.across_heads:
             measured = [self._measured[i] for i in range(count)]
             return budget.settle_heads(measured, lengths, layers=self.num_layers, floor=floor)
-        for i in range(count):  # the one wait for the device: once a prompt, or once a layer
+        for i in range(count):  # the one wait for the device, once a layer
             self._measured[i] = self._measured[i].cpu()
         return budget.settle([self._measured[i] for i in range(count)], lengths, layers=self.num_layers, floor=floor)
 

@@ -120,6 +120,37 @@ def test_squeeze_meets_its_total_and_its_bound(cosines, keep, p, length):
     assert max(settled) <= max(bound, math.ceil(wanted / layers))
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    cosines=st.lists(st.sampled_from([0.2, 0.5, 0.8, 0.81, 0.9, 0.95, 0.99]), min_size=3, max_size=9),
+    keep=st.sampled_from([0.05, 0.3, 0.9, 37]),
+    p=st.floats(0.05, 1),
+    length=st.integers(1, 300),
+    allocation=st.sampled_from(["exact", "official"]),
+)
+def test_squeeze_bounds_come_down_to_the_budgets(cosines, keep, p, length, allocation):
+    """Whatever the layers to come show, a measured layer gets no more than its bound, which never rises."""
+    stage, layers = Squeeze(keep, p=p, allocation=allocation), len(cosines)
+    measured = torch.tensor(cosines, dtype=torch.float64)[:, None]
+    (first,) = stage.first(SimpleNamespace(num_layers=layers, lengths=[length]), None)
+    before = [first] * layers
+    for count in range(1, layers + 1):
+        rows = stage.settle(measured[:count], [length], floor=0, layers=layers)
+        now = [min(n, length) for [n] in rows]
+        assert len(now) == count
+        assert all(new <= old for new, old in zip(now, before))
+        before = now + [first] * (layers - count)
+
+
+def test_squeeze_bounds_free_most_of_the_first_layers():
+    """32 layers at 10 %: no layer can be bounded before the third; from then on the bounds fall below the prompt."""
+    stage = Squeeze(0.1)
+    cosines = torch.linspace(0.5, 0.99, 32, dtype=torch.float64)[:, None]
+    held = [sum(n for [n] in stage.settle(cosines[:k], [10_000], floor=0, layers=32)) for k in range(1, 32)]
+    assert held[0] == 10_000
+    assert max(held) < 0.35 * 32 * 10_000
+
+
 def test_squeeze_is_per_row():
     importance = [[0.5, 0.99], [0.6, 0.98], [0.8, 0.8], [0.82, 0.82], [0.98, 0.6], [0.99, 0.5]]
     first, second = zip(*Squeeze(0.2).settle(torch.tensor(importance), [100, 100], floor=0))

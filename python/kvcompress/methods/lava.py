@@ -152,7 +152,6 @@ class EntropyShare(Budget):
     select: Select
     truncate: bool = False
     deferred = True
-    tightens = True
     needs_mass = True
 
     def __post_init__(self) -> None:

@@ -17,9 +17,13 @@ class SqueezeAttention(Method):
 
     Each layer's mean cosine between the stream before and after its attention is measured while the prompt is prefilled;
     exact 1-D k-means makes 3 groups; the group of the highest cosine keeps ``p * budget``, the others share the rest of
-    ``layers * budget``. Budgets are per sequence of a batch. Until the last layer is measured, a layer is cut to the most that
-    any clustering could give it, ``(L b - (L - 2) p b) / 2``, so the prefill does not hold the whole cache where that is
-    below the prompt; the scores of what it keeps make the second cut exact.
+    ``layers * budget``. Budgets are per sequence of a batch.
+
+    Memory during prefill: until the last layer is measured, a layer holds the most that any clustering could still give it.
+    With a measured layers of no lower cosine and t layers to come, L in all, that is ``b (L - n p) / (L - n)`` entries a head,
+    ``n = min(a + t, L - 2)``, and at most the prompt. It comes down with every layer, for those of the highest cosine most; all
+    together stay below about ``(p + (1 - p) ln L) L b``. Layers are cut again once they hold an eighth more than their bounds; the
+    scores of what they keep, 4 bytes an entry and head, make the last cut exact.
 
     Departures from hetailang/SqueezeAttention@a1933d1:
         - the exact optimum of the clustering instead of one unseeded start, which misses it in about a fifth of the cases.
