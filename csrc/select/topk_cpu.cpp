@@ -1,11 +1,17 @@
-// topk on the CPU: a thread a row. Forced entries are taken first; among the rest, the leading 11
-// bits of all keys are counted, the keys in the threshold's bin, a few percent, are copied out, and
-// two more passes of 11 and 10 bits over these find the threshold; one ordered pass writes the
-// positions. Keys are made anew from the scores, 64 at a time and vectorised.
+// topk on the CPU: a thread a row. Forced entries are taken first. Among the rest a few hundred
+// sampled keys bracket the threshold, from three standard deviations of its rank below it to three
+// above; one pass counts the keys above the bracket and lists those inside, a few percent, among
+// which radix passes of 8 bits find the threshold (where the bracket missed it: among all keys); a
+// second pass writes the positions in order. Both passes make 64 keys at a time anew from the
+// scores, all vectorised, and pack the positions of the chosen ones eight at a time by a table.
 #include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <functional>
 
+#include "host/buffer.h"
 #include "host/parallel.h"
 #include "host/simd.h"
 #include "select/topk.h"
@@ -14,109 +20,160 @@ namespace kvc {
 namespace {
 
 constexpr int64_t kBlock = 64;
-constexpr int kBins = 1 << 11;
-constexpr int kLeadingShift = 21;  // of the first 11 bits of a key
+constexpr int kGroup = 8;  // positions packed at once, and so written beyond the last chosen one
+constexpr int64_t kSample = 1024;
 
-__attribute__((always_inline)) inline void keys_of(const float* scores, int64_t n, uint32_t* keys) {
+// kPlaces[m] holds the places of the ones in m, in order.
+constexpr auto kPlaces = [] {
+  std::array<std::array<uint8_t, kGroup>, 256> places{};
+  for (int mask = 0; mask < 256; ++mask) {
+    int n = 0;
+    for (int bit = 0; bit < kGroup; ++bit) {
+      if (mask >> bit & 1) places[mask][n++] = static_cast<uint8_t>(bit);
+    }
+  }
+  return places;
+}();
+
+KVC_INLINE void keys_of(const float* scores, int64_t n, uint32_t* keys) {
   uint32_t bits[kBlock];
   std::memcpy(bits, scores, n * sizeof(float));
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) keys[j] = topk_key(bits[j]);
 }
 
-// How many scores have each of the 2048 leading key digits. Two tables, so that runs of one digit
-// do not wait for their own stores.
-KVC_CLONES void count_leading(const float* scores, int64_t n, uint32_t* bins) {
-  uint32_t odd[kBins] = {};
-  uint32_t keys[kBlock];
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    keys_of(scores + i, kBlock, keys);
-    for (int64_t j = 0; j < kBlock; j += 2) {
-      ++bins[keys[j] >> kLeadingShift];
-      ++odd[keys[j + 1] >> kLeadingShift];
-    }
-  }
-  keys_of(scores + i, n - i, keys);
-  for (int64_t j = 0; j < n - i; ++j) ++bins[keys[j] >> kLeadingShift];
-  for (int bin = 0; bin < kBins; ++bin) bins[bin] += odd[bin];
-}
-
-// Appends those of up to 64 keys that begin with `prefix`.
-__attribute__((always_inline)) inline uint32_t* pick_block(const uint32_t* keys, int64_t n,
-                                                           uint32_t prefix, uint32_t* out) {
-  uint32_t matches = 0;
-#pragma omp simd reduction(+ : matches)
-  for (int64_t j = 0; j < n; ++j) matches += keys[j] >> kLeadingShift == prefix;
-  if (matches == 0) return out;
-  for (int64_t j = 0; j < n; ++j) {
-    *out = keys[j];
-    out += keys[j] >> kLeadingShift == prefix;
+// Appends base + j for each of the 64 flags that is 1; up to kGroup slots more are written.
+KVC_INLINE int32_t* pack(const uint8_t* flags, int32_t base, int32_t* out) {
+  for (int64_t j = 0; j < kBlock; j += kGroup) {
+    uint64_t bytes;
+    std::memcpy(&bytes, flags + j, sizeof bytes);
+    const uint64_t mask = bytes * 0x0102040810204080u >> 56;  // byte i's lowest bit to bit i
+    for (int i = 0; i < kGroup; ++i) out[i] = base + static_cast<int32_t>(j) + kPlaces[mask][i];
+    out += std::popcount(mask);
   }
   return out;
 }
 
-// The keys that begin with `prefix`, in order; one slot more than they are must be there.
-KVC_CLONES void pick_within(const float* scores, int64_t n, uint32_t prefix, uint32_t* out) {
+// Calls fn(keys, i) for every 64 keys from the i-th; those behind the last one are 0, which is no
+// key.
+template <typename Fn>
+KVC_INLINE void for_blocks(const float* scores, int64_t n, const Fn& fn) {
   uint32_t keys[kBlock];
   int64_t i = 0;
   for (; i + kBlock <= n; i += kBlock) {
     keys_of(scores + i, kBlock, keys);
-    out = pick_block(keys, kBlock, prefix, out);
+    fn(keys, i);
   }
+  if (i == n) return;
+  std::fill_n(keys, kBlock, 0);
   keys_of(scores + i, n - i, keys);
-  pick_block(keys, n - i, prefix, out);
+  fn(keys, i);
 }
 
-// The bin that holds the `wanted`-th largest key; `wanted` becomes its rank within the bin.
-uint32_t pick_bin(const uint32_t* bins, int64_t& wanted) {
-  int bin = kBins - 1;
-  for (; bin > 0 && bins[bin] < wanted; --bin) wanted -= bins[bin];
-  return static_cast<uint32_t>(bin);
+// A part of the keys, both ends included.
+struct Bracket {
+  uint32_t low, high;
+};
+constexpr Bracket kAll{kTopkNan, ~0u};
+
+// How many keys lie above the bracket; `out` gets the positions of those inside, `inside` of them.
+KVC_CLONES int64_t list_inside(const float* scores, int64_t n, Bracket bracket, int32_t* out,
+                               int64_t& inside) {
+  int32_t* end = out;
+  uint32_t above = 0;
+  for_blocks(scores, n, [&](const uint32_t* keys, int64_t i) KVC_LAMBDA_INLINE {
+    alignas(8) uint8_t flags[kBlock];
+#pragma omp simd reduction(+ : above)
+    for (int64_t j = 0; j < kBlock; ++j) above += keys[j] > bracket.high;
+#pragma omp simd
+    for (int64_t j = 0; j < kBlock; ++j) {
+      flags[j] = keys[j] >= bracket.low && keys[j] <= bracket.high;
+    }
+    end = pack(flags, static_cast<int32_t>(i), end);
+  });
+  inside = end - out;
+  return above;
 }
 
-// Writes the positions, counted from `first`, of the keys above `threshold` and of the first `ties`
-// equal to it.
-KVC_CLONES void write_kept(const float* scores, int64_t n, int64_t first, uint32_t threshold,
-                           int64_t ties, int64_t wanted, int32_t* out) {
-  uint32_t keys[kBlock];
-  int64_t written = 0;
-  for (int64_t i = 0; i < n && written < wanted; i += kBlock) {
-    const int64_t size = std::min(kBlock, n - i);
-    if (size == kBlock) {
-      keys_of(scores + i, kBlock, keys);
-    } else {
-      keys_of(scores + i, size, keys);
+// Where the `wanted`-th largest of n keys probably is, by a sample of them.
+Bracket guess(const float* scores, int64_t n, int64_t wanted) {
+  const int64_t size = std::min(kSample, n / 32);
+  if (size < 32) return kAll;
+  uint32_t sample[kSample];
+  for (int64_t i = 0; i < size; ++i) {
+    sample[i] = topk_key(std::bit_cast<uint32_t>(scores[(2 * i + 1) * n / (2 * size)]));
+  }
+  const double share = static_cast<double>(wanted) / static_cast<double>(n);
+  const double rank = share * static_cast<double>(size);
+  const double spread = 3 * std::sqrt(rank * (1 - share)) + 1;
+  const auto first = static_cast<int64_t>(std::floor(rank - spread));  // from the largest
+  const auto last = static_cast<int64_t>(std::ceil(rank + spread));
+  Bracket bracket = kAll;
+  uint32_t* begin = sample;
+  if (first >= 0) {
+    std::nth_element(sample, sample + first, sample + size, std::greater<>());
+    bracket.high = sample[first];
+    begin += first;
+  }
+  if (last < size) {
+    std::nth_element(begin, sample + last, sample + size, std::greater<>());
+    bracket.low = sample[last];
+  }
+  return bracket;
+}
+
+// The `rank`-th largest of n keys, all in the bracket; `rank` becomes its place among its equals.
+// Two tables, so that runs of one digit do not wait for their own stores. The keys are moved about.
+KVC_CLONES uint32_t find(uint32_t* keys, int64_t n, Bracket bracket, int64_t& rank) {
+  constexpr int kBins = 256;
+  auto [low, high] = bracket;
+  while (low < high) {
+    const int shift = std::max<int>(std::bit_width(high - low) - 8, 0);
+    uint32_t bins[2][kBins] = {};
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+      ++bins[0][(keys[i] - low) >> shift];
+      ++bins[1][(keys[i + 1] - low) >> shift];
     }
-    uint32_t above = 0, equal = 0;
-#pragma omp simd reduction(+ : above, equal)
-    for (int64_t j = 0; j < size; ++j) {
-      above += keys[j] > threshold;
-      equal += keys[j] == threshold;
+    if (i < n) ++bins[0][(keys[i] - low) >> shift];
+    uint32_t bin = (high - low) >> shift;
+    for (; bin > 0 && bins[0][bin] + bins[1][bin] < rank; --bin)
+      rank -= bins[0][bin] + bins[1][bin];
+    low += bin << shift;
+    high = std::min(high - low, (1u << shift) - 1) + low;
+    int64_t kept = 0;
+    for (i = 0; i < n; ++i) {
+      const uint32_t key = keys[i];
+      keys[kept] = key;
+      kept += key - low <= high - low;
     }
-    if (above + equal == 0) continue;
-    int32_t kept[kBlock];
-    int64_t m = 0;
-    const int32_t base = static_cast<int32_t>(first + i);
-    if (equal == 0 || ties == 0 || equal <= ties) {
-      // all ties of the block or none: one comparison an entry
-      const uint32_t least = equal == 0 || ties == 0 ? threshold + (ties == 0) : threshold;
-      for (int64_t j = 0; j < size; ++j) {
-        kept[m] = base + static_cast<int32_t>(j);
-        m += keys[j] >= least;
-      }
-      ties -= ties == 0 ? 0 : equal;
+    n = kept;
+  }
+  return low;
+}
+
+// Appends the positions, counted from `first`, of the keys above `threshold` and of the first
+// `ties` equal to it; up to kGroup slots more are written.
+KVC_CLONES void list_kept(const float* scores, int64_t n, int64_t first, uint32_t threshold,
+                          int64_t ties, int32_t* out) {
+  for_blocks(scores, n, [&](const uint32_t* keys, int64_t i) KVC_LAMBDA_INLINE {
+    alignas(8) uint8_t flags[kBlock];
+    uint32_t equal = 0;
+#pragma omp simd reduction(+ : equal)
+    for (int64_t j = 0; j < kBlock; ++j) equal += keys[j] == threshold;
+    if (equal <= ties) {  // all ties of the block, or none are there
+#pragma omp simd
+      for (int64_t j = 0; j < kBlock; ++j) flags[j] = keys[j] >= threshold;
+      ties -= equal;
     } else {
-      for (int64_t j = 0; j < size; ++j) {
+      for (int64_t j = 0; j < kBlock; ++j) {
         const bool tie = keys[j] == threshold && ties > 0;
-        kept[m] = base + static_cast<int32_t>(j);
-        m += keys[j] > threshold || tie;
+        flags[j] = keys[j] > threshold || tie;
         ties -= tie;
       }
     }
-    std::memcpy(out + written, kept, m * sizeof(int32_t));
-    written += m;
-  }
+    out = pack(flags, static_cast<int32_t>(first + i), out);
+  });
 }
 
 // The `wanted` largest of n scores, ascending by position.
@@ -126,22 +183,22 @@ void select(const float* scores, int64_t n, int64_t first, int64_t wanted, int32
     return;
   }
   if (wanted == 0) return;
-  uint32_t bins[kBins] = {};
-  int64_t rank = wanted;
-  count_leading(scores, n, bins);
-  uint32_t prefix = pick_bin(bins, rank);
-  std::vector<uint32_t> open(bins[prefix] + 1);
-  pick_within(scores, n, prefix, open.data());
-  open.pop_back();
-  std::fill_n(bins, kBins, 0);
-  for (const uint32_t key : open) ++bins[key >> 10 & 0x7ffu];
-  prefix = prefix << 11 | pick_bin(bins, rank);
-  std::fill_n(bins, kBins, 0);
-  for (const uint32_t key : open) {
-    if (key >> 10 == prefix) ++bins[key & 0x3ffu];
+  Buffer<int32_t> places(n + kGroup);
+  Bracket bracket = guess(scores, n, wanted);
+  int64_t inside = 0;
+  int64_t above = list_inside(scores, n, bracket, places.data(), inside);
+  if (above >= wanted || above + inside < wanted) {
+    bracket = kAll;
+    above = list_inside(scores, n, bracket, places.data(), inside);
   }
-  prefix = prefix << 10 | pick_bin(bins, rank);
-  write_kept(scores, n, first, prefix, rank, wanted, out);
+  Buffer<uint32_t> keys(inside);
+  for (int64_t i = 0; i < inside; ++i) {
+    keys.data()[i] = topk_key(std::bit_cast<uint32_t>(scores[places.data()[i]]));
+  }
+  int64_t ties = wanted - above;
+  const uint32_t threshold = find(keys.data(), inside, bracket, ties);
+  list_kept(scores, n, first, threshold, ties, places.data());
+  std::copy_n(places.data(), wanted, out);
 }
 
 int32_t* write_range(int64_t begin, int64_t end, int32_t* out) {
