@@ -48,8 +48,7 @@ def topk(
         ValueError, TypeError: ``topk: argument must be ..., got ...``.
 
     Scratch: none on CUDA from sm_90 on; before, for rows of 32768 entries or more of which there are at most a quarter as
-    many as multiprocessors, up to three times the bytes of `scores`. On the CPU the scores that share 11 leading bits with
-    the last one kept, a few percent of a row; on the CPU 4 to 8 bytes an
+    many as multiprocessors, up to three times the bytes of `scores`. On the CPU 4 to 8 bytes an
     entry of the rows under way, one a thread.
 
     Example:
