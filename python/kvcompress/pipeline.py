@@ -514,5 +514,6 @@ class Pipeline:
         else:
             scores = store.positions.float()
         select = select or self.stages.select
-        index = select(scores[:, :, : store.max_length], counts, seq_end=store.device_lengths)
+        seq_end = None if store.is_uniform else store.device_lengths
+        index = select(scores[:, :, : store.max_length], counts, seq_end=seq_end)
         store.keep(index, counts)
