@@ -9,9 +9,9 @@ Eager: the same steps launched one by one, as a plain Python loop does, beside w
 Streams: --tokens tokens of a small model through one captured step: allocator figures before and after, and the first
 against the last thousand tokens.
 
-    python bench/decode.py steps --layers 32 --out decode.json
-    python bench/decode.py eager --add peer.json --out decode_eager.json
-    python bench/decode.py streams --tokens 20000 --budget 512 --out streams.json
+    python -m bench.decode steps --layers 32 --out decode.json
+    python -m bench.decode eager --add peer.json --out decode_eager.json
+    python -m bench.decode streams --tokens 20000 --budget 512 --out streams.json
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from bench.harness import captured
 from bench.shapes import LLAMA_8B, SMALL
 from kvcompress.methods import create
 from kvcompress.models import CompressedCache, FixedCache, attach
@@ -74,14 +75,7 @@ class Step:
         )
 
     def capture(self):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.launch()
+        self.graph = captured(self.launch)
         return self
 
     def run(self):

@@ -106,6 +106,19 @@ def once(run: Callable[[], object], device: torch.device, inner: int, queueing: 
     return (time.perf_counter() - begin) / inner
 
 
+def captured(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What `launch` does, as a graph; it is called once before, on a stream of its own, for what libraries set up then."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph
+
+
 class Flush:
     """Fills the last-level cache with clean lines that nobody asks for, so that what follows reads from memory."""
 
@@ -217,10 +230,12 @@ def warmed(case: Case) -> Case:
     return replace(case, passes=[replace(one, cached=True) for one in passes])
 
 
-def chosen(cases: Iterable[Case], op: str | None, label: str | None, core: bool) -> list[Case]:
-    """The cases asked for."""
+def chosen(cases: Iterable[Case], ops: Sequence[str], label: str | None, core: bool) -> list[Case]:
+    """The cases asked for: of ops whose names contain one of these, or of all."""
     return [
         case
         for case in cases
-        if (op is None or op in case.op) and (label is None or label in case.label) and (case.core or not core)
+        if (not ops or any(op in case.op for op in ops))
+        and (label is None or label in case.label)
+        and (case.core or not core)
     ]

@@ -4,7 +4,7 @@ The answer is fed to the model token by token through a `FixedCache` (a captured
 evicting as it goes; a token is right where it is the model's first choice. Samples of `kvcompress.evaluate.generators`, in
 batches; intervals are bootstrapped over samples, 95 %.
 
-    python bench/long_answers.py --device cuda --out bench/results/long_answers_kvc_mini.json
+    python -m bench.long_answers --device cuda --out bench/results/long_answers_kvc_mini.json
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.harness import captured
 from kvcompress.evaluate.generators import generate
 from kvcompress.evaluate.metrics import bootstrap
 from kvcompress.evaluate.tasks import Tokens, encode
@@ -49,16 +50,6 @@ class Forced:
         self.choice = out.logits[:, -1].argmax(-1)
         self.position.add_(1)
 
-    def capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.launch()
-
     def choices(self, samples: list[Tokens]) -> list[list[int]]:
         """What the model would have said in place of each token of the answers."""
         device = self.model.device
@@ -84,7 +75,7 @@ class Forced:
 
         read()
         if device.type == "cuda" and self.graph is None:
-            self.capture()  # its warm-up has spoiled the cache
+            self.graph = captured(self.launch)  # its warm-up has spoiled the cache
             read()
         said = []
         for step in range(steps):

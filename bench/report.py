@@ -67,7 +67,7 @@ def paths(args: argparse.Namespace, device: torch.device, name: str) -> list[Pat
             if args.sweep
             else "core"
             if args.core
-            else args.method or "_".join(args.stage or []) or args.op or "all"
+            else args.method or "_".join(args.stage or []) or "_".join(args.op) or "all"
         )
         found.append(args.save / f"{slug(device, name)}_{what}.json")
     return found
@@ -227,6 +227,38 @@ def table(figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def heads_table(figures: dict) -> str:
+    """Every variant of ours in a line, beside the floor and the fastest of the others in the same run."""
+    statistic = figures["statistic"] + "_us"
+    cases: dict[tuple[str, str], list[dict]] = {}
+    for row in figures["rows"]:
+        cases.setdefault((row["op"], row["case"]), []).append(row)
+    lines = ["| op | case | us | in a graph, us | times the floor | best of the others, us (times ours) |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | --- |")
+    graph = ", in a graph"
+    for (op, label), rows in cases.items():
+        own = {row["variant"]: row for row in rows}
+        peers = [row for row in rows if not row["variant"].startswith("kvcompress")]
+        for variant, row in own.items():
+            if row in peers or variant.endswith(graph):
+                continue
+            captured = own.get(variant + graph)
+            peer = min(peers, key=lambda x: x[statistic], default=None)
+            best = captured or row
+            said = "" if peer is None else (
+                f"{peer['variant']} {number(peer[statistic])} ({peer[statistic] / best[statistic]:.1f}x)"
+            )  # fmt: skip
+            name, _, form = OURS.get(op, op).partition(",")
+            words = variant.removeprefix("kvcompress").lstrip(",. ")
+            lines.append(
+                f"| `{name}`{form} | {label}{f', {words}' if words else ''} | {number(row[statistic])} | "
+                f"{number(captured[statistic]) if captured else ''} | {best['floor_ratio']:.2f} | {said} |"
+            )
+    where = f"{figures['device']}, torch {figures['torch']}, {figures['date']}"
+    lines.append(f"\n{where}; median of {figures['rounds']} interleaved rounds, {figures['cache']} cache.")
+    return "\n".join(lines) + "\n"
+
+
 def number(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:,.0f}"
 
@@ -320,7 +352,7 @@ def board_tables(result: dict) -> str:
 
 TABLES = {
     "core": table, "long": long_table, "decode": decode_table, "launched": launched_table, "board": board_tables,
-    "memory": memory_table,
+    "memory": memory_table, "heads": heads_table,
 }  # fmt: skip
 MARK = re.compile(rf"(<!-- ({'|'.join(TABLES)}): (\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 

@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     form.add_argument("--stage", choices=stages(), action="append", help="only these stages")
-    form.add_argument("--op", help="only cases whose op contains this")
+    form.add_argument("--op", action="append", default=[], help="only cases whose op contains this; may be repeated")
     form.add_argument("--case", help="only cases whose label contains this")
     form.add_argument("--method", help="one method of the registry, or 'all'")
     form.add_argument("--core", action="store_true", help="only the table of the core ops")
