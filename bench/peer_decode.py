@@ -5,7 +5,7 @@ every 512; the model of `bench.decode`, launched step by step, SDPA without cuDN
 same model and environment with a DynamicCache that keeps the same number of entries and evicts nothing.
 
     PYTHONPATH=FOLDER-WITH-KVPRESS python bench/peer_decode.py --out peer.json
-    python bench/decode.py eager --add peer.json --out decode_eager.json
+    python -m bench.decode eager --add peer.json --out decode_eager.json
 """
 
 from __future__ import annotations

@@ -176,29 +176,37 @@ KVC_CLONES void list_kept(const float* scores, int64_t n, int64_t first, uint32_
   });
 }
 
+// What a worker needs for a row.
+struct Scratch {
+  explicit Scratch(int64_t n) : places(n + kGroup), keys(n) {}
+  Buffer<int32_t> places;
+  Buffer<uint32_t> keys;
+};
+
 // The `wanted` largest of n scores, ascending by position.
-void select(const float* scores, int64_t n, int64_t first, int64_t wanted, int32_t* out) {
+void select(const float* scores, int64_t n, int64_t first, int64_t wanted, const Scratch& scratch,
+            int32_t* out) {
   if (wanted == n) {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int32_t>(first + i);
     return;
   }
   if (wanted == 0) return;
-  Buffer<int32_t> places(n + kGroup);
+  int32_t* places = scratch.places.data();
+  uint32_t* keys = scratch.keys.data();
   Bracket bracket = guess(scores, n, wanted);
   int64_t inside = 0;
-  int64_t above = list_inside(scores, n, bracket, places.data(), inside);
+  int64_t above = list_inside(scores, n, bracket, places, inside);
   if (above >= wanted || above + inside < wanted) {
     bracket = kAll;
-    above = list_inside(scores, n, bracket, places.data(), inside);
+    above = list_inside(scores, n, bracket, places, inside);
   }
-  Buffer<uint32_t> keys(inside);
   for (int64_t i = 0; i < inside; ++i) {
-    keys.data()[i] = topk_key(std::bit_cast<uint32_t>(scores[places.data()[i]]));
+    keys[i] = topk_key(std::bit_cast<uint32_t>(scores[places[i]]));
   }
   int64_t ties = wanted - above;
-  const uint32_t threshold = find(keys.data(), inside, bracket, ties);
-  list_kept(scores, n, first, threshold, ties, places.data());
-  std::copy_n(places.data(), wanted, out);
+  const uint32_t threshold = find(keys, inside, bracket, ties);
+  list_kept(scores, n, first, threshold, ties, places);
+  std::copy_n(places, wanted, out);
 }
 
 int32_t* write_range(int64_t begin, int64_t end, int32_t* out) {
@@ -207,7 +215,8 @@ int32_t* write_range(int64_t begin, int64_t end, int32_t* out) {
 }
 
 // Fills [out, end), as far as it goes: the kept positions, then -1.
-void select_row(const TopkParams& p, int64_t b, int64_t h, int32_t* out, int32_t* end) {
+void select_row(const TopkParams& p, int64_t b, int64_t h, const Scratch& scratch, int32_t* out,
+                int32_t* end) {
   TopkRow row = topk_row(p, b, h);
   row.count = std::min<int64_t>(row.count, end - out);
   const int64_t sink = std::min(row.sink_end - row.begin, row.count);
@@ -215,7 +224,7 @@ void select_row(const TopkParams& p, int64_t b, int64_t h, int32_t* out, int32_t
   const int64_t rest = row.count - sink - window;
   out = write_range(row.begin, row.begin + sink, out);
   const float* scores = p.scores + b * p.batch_stride + h * p.head_stride;
-  select(scores + row.sink_end, row.window_begin - row.sink_end, row.sink_end, rest, out);
+  select(scores + row.sink_end, row.window_begin - row.sink_end, row.sink_end, rest, scratch, out);
   out = write_range(row.window_begin, row.window_begin + window, out + rest);
   std::fill(out, end, -1);
 }
@@ -236,10 +245,11 @@ void topk_cpu(const TopkParams& params) {
   }
   const int64_t grain = 1 + 4096 / std::max<int64_t>(params.seq_len, 1);
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(params.seq_len);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = params.indptr ? params.indptr[row] : row * params.k;
       const int64_t last = params.indptr ? params.indptr[row + 1] : first + params.k;
-      select_row(params, row / params.heads, row % params.heads, params.index + first,
+      select_row(params, row / params.heads, row % params.heads, scratch, params.index + first,
                  params.index + last);
     }
   });

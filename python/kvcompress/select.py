@@ -48,8 +48,8 @@ def topk(
         ValueError, TypeError: ``topk: argument must be ..., got ...``.
 
     Scratch: none on CUDA from sm_90 on; before, for rows of 32768 entries or more of which there are at most a quarter as
-    many as multiprocessors, up to three times the bytes of `scores`. On the CPU 4 to 8 bytes an
-    entry of the rows under way, one a thread.
+    many as multiprocessors, up to three times the bytes of `scores`. On the CPU 8 bytes an
+    entry of a row for each thread.
 
     Example:
         >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7, 0.2]]])
