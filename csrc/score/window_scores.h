@@ -26,8 +26,11 @@ namespace kvc {
 enum class WindowReduce : int32_t { kSum, kMean, kMax };
 enum class Pool : int32_t { kNone, kAvg, kMax };
 
-// The Hopper form of pass 2 takes whole query heads of a kv head, together at most so many rows.
-constexpr int64_t kRowGroup = 256;
+// The Hopper form takes whole query heads of a kv head, together at most so many rows: what shared
+// memory holds beside four stages of keys.
+constexpr int64_t most_rows_of_group(int64_t head_dim) {
+  return head_dim <= 128 ? 256 : 128;
+}
 
 struct WindowScoresParams : AttentionRows {
   const float* weights;  // [batch, num_kv_heads, seq_len], last dimension contiguous, or null
@@ -50,9 +53,10 @@ struct WindowScoresParams : AttentionRows {
   // Parts of a kv head's query heads whose votes are reduced by pass 3: one head each where that is
   // no sum.
   constexpr int64_t row_groups() const {
-    if (window > kRowGroup) return 1;
+    const int64_t most = most_rows_of_group(head_dim);
+    if (window > most) return 1;
     if (votes_per_q_head() || group_reduce == GroupReduce::kMax) return q_per_kv();
-    const int64_t heads = kRowGroup / padded_window();
+    const int64_t heads = most / padded_window();
     return (q_per_kv() + heads - 1) / heads;
   }
   constexpr int64_t out_heads() const {

@@ -478,7 +478,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
 }
 
-// Hopper's passes wherever they fit: 16-bit elements, head_dim to 128, 16-byte steps, window to 256
+// Hopper's passes wherever they fit: 16-bit elements, 16-byte steps, a window within a row group
 // and no maximum over it.
 bool use_wgmma(const WindowScoresParams& p) {
   return device_limits().major == 9 && p.num_scored > 0 && window_scores_fits_sm90a(p);

@@ -1,10 +1,10 @@
 // window_scores on Hopper: passes 1 and 2 with wgmma, keys by TMA through a ring of stages; pass 2
 // pools and fills as well wherever a row group's votes are all there is to a score.
 //
-// The query heads of a kv head are cut into row groups of at most 256 rows, whole heads, each
-// window padded to a multiple of 8: r = head in group * padded window + i. A block owns a row group
-// and a run of its keys. One extra warp asks for them: where memory is the bound, the thread that
-// asks waits.
+// The query heads of a kv head are cut into row groups of at most 256 rows (128 where head_dim is
+// above 128), whole heads, each window padded to a multiple of 8: r = head in group * padded window
+// + i. A block owns a row group and a run of its keys. One extra warp asks for them: where memory
+// is the bound, the thread that asks waits.
 //   pass 1  rows on the M side: a warpgroup owns 64 rows, all read the same keys. A thread sums
 //           exp2(x - reference) over its share of the columns. The reference is the first maximum
 //           it met: a float carries sums of 2^64 as exactly as sums of 1, so it moves only on
@@ -169,6 +169,7 @@ struct KeyRing {
   static constexpr int kStages = kStages_, kRows = kRows_, kSlabs = kSlabs_;
   static constexpr int kSlabBytes = kRows * kSlabRowBytes;
   static constexpr int kStageBytes = kSlabs * kSlabBytes;
+  static_assert(kStages >= 4);  // a warpgroup has one of its own
 
   struct Barriers {
     Mbarrier full[kStages], empty[kStages];
@@ -196,6 +197,11 @@ struct KeyRing {
     }
   }
 };
+
+// Stages of `keys` keys, at most 512 keys in all, that fit beside `others` bytes.
+constexpr int ring_stages(int keys, int stage_bytes, int others) {
+  return std::min(512 / keys, (227 * 1024 - 1024 - others) / stage_bytes);
+}
 
 // Where a warpgroup stands in a ring: every kStep-th stage is its own. All in uniform registers,
 // moved on by additions alone: a warpgroup has little else to hide address arithmetic behind.
@@ -232,12 +238,14 @@ struct RowTraits {
   using T = T_;
   static constexpr int kSteps = kSteps_;  // of 16 elements of head_dim
   static constexpr int kSlabs = (kSteps + 3) / 4;
-  static constexpr int kKeys = 128;  // of a stage and product
+  static constexpr int kRows = most_rows_of_group(16 * kSteps);
+  static constexpr int kKeys = kSteps <= 8 ? 128 : 64;  // of a stage and product
   static constexpr int kWarpgroups = 4;
   static constexpr int kConsumers = kWarpgroups * kWarpgroup;
   static constexpr int kThreads = kConsumers + kWarp;
-  using Ring = KeyRing<4, kKeys, kSlabs>;
-  static constexpr int kQueryBytes = kSlabs * kRowGroup * kSlabRowBytes;
+  static constexpr int kQueryBytes = kSlabs * kRows * kSlabRowBytes;
+  using Ring = KeyRing<ring_stages(kKeys, kSlabs * kKeys * kSlabRowBytes, kQueryBytes + 4096),
+                       kKeys, kSlabs>;
   struct Shared {
     typename Ring::Barriers barriers;
     Mbarrier queries;
@@ -352,13 +360,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const bool is_asking = warp >= 4 * Traits::kWarpgroups;
   if (is_asking) {
     if (asks) {
-      rows.ask_queries<Traits::kSlabs>(queries, kRowGroup, &query_map, &shared.queries);
+      rows.ask_queries<Traits::kSlabs>(queries, Traits::kRows, &query_map, &shared.queries);
       for (int n = 0; n < min(count, kAhead); ++n) fill(n);
     }
     __syncwarp();
   } else {
     mbarrier_wait(&shared.queries, 0);
-    rows.clear_padding<Traits::kSlabs>(queries, kRowGroup, 64 * plan.warpgroups_m,
+    rows.clear_padding<Traits::kSlabs>(queries, Traits::kRows, 64 * plan.warpgroups_m,
                                        Traits::kConsumers);
     async_proxy_fence();
   }
@@ -396,7 +404,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 #pragma unroll
     for (int step = 0; step < Traits::kSteps; ++step) {
       Wgmma<T, Traits::kKeys>::ss(
-          x, own_rows + (step / 4 * kRowGroup * kSlabRowBytes >> 4) + step % 4 * kWgmmaStep,
+          x, own_rows + (step / 4 * Traits::kRows * kSlabRowBytes >> 4) + step % 4 * kWgmmaStep,
           stage + (step / 4 * Ring::kSlabBytes >> 4) + step % 4 * kWgmmaStep, step > 0);
     }
     wgmma_commit();
@@ -511,8 +519,9 @@ struct VoteTraits {
   static constexpr int kWarpgroups = 4;
   static constexpr int kConsumers = kWarpgroups * kWarpgroup;
   static constexpr int kThreads = kConsumers + kWarpgroup;  // one warp asks, three pool
-  using Ring = KeyRing<8, kKeys, kSlabs>;
   static constexpr int kQueryBytes = kSlabs * kRows * kSlabRowBytes;
+  using Ring = KeyRing<ring_stages(kKeys, kSlabs * kKeys * kSlabRowBytes, kQueryBytes + 8192),
+                       kKeys, kSlabs>;
   struct Shared {
     typename Ring::Barriers barriers;
     Mbarrier queries;
@@ -894,11 +903,10 @@ void launch_passes(const WindowScoresParams& p, cudaStream_t stream) {
     launch<Traits>(key_votes_sm90a_kernel<Traits>, int64_t{plan.items} * plan.key_chunks, p, plan,
                    queries, keys(Traits::kKeys), stream);
   };
-  if (plan.rows <= 128) {  // below 128 rows memory is the bound: no kernel of their own
-    votes(VoteTraits<T, kSteps, 128, 1>{});
-  } else {
-    votes(VoteTraits<T, kSteps, 128, 2>{});
+  if constexpr (most_rows_of_group(16 * kSteps) > 128) {
+    if (plan.rows > 128) return votes(VoteTraits<T, kSteps, 128, 2>{});
   }
+  votes(VoteTraits<T, kSteps, 128, 1>{});  // below 128 rows memory is the bound: no other kernels
 }
 
 template <typename T>
@@ -907,15 +915,19 @@ void launch_head_dim(const WindowScoresParams& p, cudaStream_t stream) {
     launch_passes<T, 4>(p, stream);
   } else if (p.head_dim <= 96) {
     launch_passes<T, 6>(p, stream);
-  } else {
+  } else if (p.head_dim <= 128) {
     launch_passes<T, 8>(p, stream);
+  } else if (p.head_dim <= 192) {
+    launch_passes<T, 12>(p, stream);
+  } else {
+    launch_passes<T, 16>(p, stream);
   }
 }
 
 }  // namespace
 
 bool window_scores_fits_sm90a(const WindowScoresParams& p) {
-  return p.dtype != DType::kFloat32 && p.head_dim <= 128 && p.window <= kRowGroup &&
+  return p.dtype != DType::kFloat32 && p.window <= most_rows_of_group(p.head_dim) &&
          p.window_reduce != WindowReduce::kMax &&
          tma_takes<3>(p.k, {p.seq_len, p.num_kv_heads, p.batch},
                       {p.k_row_stride, p.k_head_stride, p.k_batch_stride}) &&

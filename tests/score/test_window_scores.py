@@ -56,7 +56,7 @@ def check(q, k, **options):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128, 136, 192, 256])
 @pytest.mark.parametrize("q_per_kv", [1, 4, 8])
 @pytest.mark.parametrize("window", [1, 5, 32, 64])
 def test_against_float64(dtype, head_dim, q_per_kv, window, device):
@@ -171,6 +171,10 @@ def unaligned(k):
         (3, 1, 130, 131, 112),
         (32, 2, 8, 129, 72),
         (4, 4, 1, 65, 40),
+        (8, 2, 32, 1000, 192),  # 128 rows: a row group of wide heads
+        (12, 1, 33, 450, 256),  # groups of three heads of 40 rows
+        (4, 2, 128, 600, 136),
+        (3, 1, 130, 131, 160),  # wider than a row group of wide heads
     ],
 )
 def test_paths_agree(dtype, num_q_heads, num_kv_heads, window, seq_len, head_dim, device):
@@ -207,7 +211,16 @@ def test_pool_across_blocks(seq_len, kernel_size, batch, device):
     assert torch.equal(flat, flat[..., :1].expand_as(flat))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
+def test_many_tiles(head_dim, device):
+    """Blocks that go round their ring of keys more than once."""
+    q, k = make(1, 32, 16, 64, 5000, head_dim, torch.bfloat16, device)
+    check(q, k, pool="avg", kernel_size=5)
+    start = torch.tensor([777], dtype=torch.int32, device=device)
+    check(q, k, lse=reference.log_sum_exp(q, k, start), seq_start=start, group_reduce="none", num_scored=5000)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_logits_that_grow(head_dim, device):
     """Each stretch of keys outweighs all before it: a running reference has to move, and 2^64 apart in one step."""
     q, k = make(1, 4, 1, 64, 3000, head_dim, torch.bfloat16, device)
@@ -221,7 +234,7 @@ def test_logits_that_grow(head_dim, device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-@pytest.mark.parametrize("head_dim", [8, 80, 128])
+@pytest.mark.parametrize("head_dim", [8, 80, 128, 200])
 def test_strided_views(dtype, head_dim, device):
     q, k = make(2, 8, 2, 20, 170, head_dim, dtype, device)
     expected = kvcompress.window_scores(q, k, pool="avg", kernel_size=5)
@@ -308,8 +321,9 @@ def test_nan_behind_the_query_is_not_seen(device):
     assert torch.equal(kvcompress.window_scores(q, k, first_query=50, seq_start=start), expected)
 
 
-def test_bitwise_run_to_run(device):
-    q, k = make(2, 16, 4, 64, 3000, 128, torch.bfloat16, device)
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_bitwise_run_to_run(head_dim, device):
+    q, k = make(2, 16, 4, 64, 3000, head_dim, torch.bfloat16, device)
     first = kvcompress.window_scores(q, k, pool="avg", kernel_size=5)
     assert all(torch.equal(kvcompress.window_scores(q, k, pool="avg", kernel_size=5), first) for _ in range(5))
 
