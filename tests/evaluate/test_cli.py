@@ -50,7 +50,7 @@ def test_table_plot_resume_and_compare(run, words, tmp_path):  # noqa: F811
     out, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
     result = run(*words, "--question-visible", "--out", out, "--plot", picture)
     assert result.exit_code == 0, result.output
-    for shown in ("full", "snapkv", "visible", "KL", "not comparable"):
+    for shown in ("full", "snapkv", "visible", "KL", "not comparable", "4 questions, 2 tasks"):
         assert shown in " ".join(result.stdout.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
     lines = out.read_text().splitlines()
@@ -121,6 +121,63 @@ def test_refuses(refused, words, tmp_path):  # noqa: F811
     assert "exists" in refused(*base, "--out", tmp_path / "a.jsonl")
     assert "no such file" in refused("eval", "--compare", tmp_path / "x", tmp_path / "a.jsonl")
     assert "room" in refused(*base, "--tasks", "niah_multiquery", "--lengths", "90", "--device", "cpu")
+    assert "tokens are too few" in refused(*base, "--tasks", "passkey", "--lengths", "0", "--device", "cpu")
+    assert "--methods names nothing" in refused(*base, "--methods", "")
+    assert "--budgets names nothing" in refused(*base, "--budgets", ",")
+    for budget in ("0", "1.5", "-1"):
+        assert f"--budgets {budget} is neither" in refused(*base, "--budgets", budget)
+
+
+def test_refuses_before_the_work(refused, words, tmp_path):  # noqa: F811
+    """What could not be written at the end is said before a model is loaded."""
+    base = ("--model", tmp_path / "none", "--methods", "snapkv")
+    for command in (("eval",), ("tune", "--max-loss", "0.1")):
+        assert "there is no folder" in refused(*command, *base, "--out", tmp_path / "no" / "a.json")
+    for command in ("eval", "inspect"):
+        assert "there is no folder" in refused(command, *base, "--plot", tmp_path / "no" / "a.png")
+        assert "does not end like a picture" in refused(command, *base, "--plot", tmp_path / "a.txt")
+        assert "--methods names nothing" in refused(command, *base[:2], "--methods", " ")
+
+
+def test_refuses_files_that_are_no_questions(refused, words, tmp_path):  # noqa: F811
+    line = {"id": "a", "context": "Key 7. ", "question": "\nKey?", "answer_prefix": "\nAnswer:", "answer": "7"}
+    lacking = {name: line[name] for name in ("context", "question")}
+    for wrong, said in (
+        ([], "there is no question to ask"),
+        ([lacking], "line 1 is no sample (it lacks answer_prefix, answer)"),
+        ([line, {**line, "id": "b", "answer": 7}], "line 2 is no sample (answer must be a text, got 7)"),
+        ([{**line, "context": ""}], "context must not be empty"),
+        ([{**line, "length": "long"}], "length must be a number of tokens"),
+        ([line, line], "two questions have the id 'a'"),
+    ):
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+        assert said in refused(*words[:3], "--tasks", tmp_path / "own.jsonl", "--device", "cpu")
+    for name, data in (("a.jsonl.gz", b"{}"), ("b.jsonl", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(data)
+        assert f"{name} cannot be read" in refused(*words[:3], "--tasks", tmp_path / name, "--device", "cpu")
+
+
+def test_a_file_that_is_no_record_is_left_as_it_is(refused, words, tmp_path):  # noqa: F811
+    other = tmp_path / "other.jsonl"
+    for text in ('{"context": "a"}\n', "my notes\nin two lines\n"):
+        other.write_text(text)
+        assert "line 1 is no record" in refused("eval", "--compare", other, other)
+        assert "line 1 is no record" in refused(*words, "--out", other, "--resume")
+        assert other.read_text() == text
+
+
+def test_a_model_without_tokenizer(refused, checkpoint, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    assert "has no tokenizer that loads" in refused("eval", "--model", tmp_path, "--device", "cpu")
+
+
+def test_budgets_beyond_the_prompt_keep_it_all(run, words):  # noqa: F811
+    wide = [word if word != "0.25,100" else "100000" for word in words]
+    runs = json.loads(run(*wide, "--json").stdout)["runs"]
+    assert {r["kept"] for r in runs} == {1}
+    assert max(r["kl"] for r in runs) < 1e-4
 
 
 def test_long_continuation_of_methods_that_evict(run, checkpoint, tmp_path):  # noqa: F811

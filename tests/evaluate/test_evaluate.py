@@ -11,6 +11,7 @@ import torch
 from kvcompress import budget, methods, select
 from kvcompress.evaluate import Candidate, evaluate, summarise
 from kvcompress.evaluate.generators import generate
+from kvcompress.evaluate.metrics import means, paired, wilson
 from kvcompress.evaluate.reading import Reading, compress_directly, replayable
 from kvcompress.evaluate.tasks import encode
 from kvcompress.methods import Method
@@ -250,3 +251,27 @@ def test_resumed_is_one_go(random_model):
         assert other.kl == pytest.approx(one.kl, rel=1e-3, abs=1e-4)
         assert other.nll == pytest.approx(one.nll, rel=1e-3, abs=1e-4)
     assert not resumed
+
+
+def test_intervals_do_not_feign_certainty(random_model):
+    """A task with one context, and answers that are all right, give the bootstrap nothing to draw from."""
+    samples = [generate("passkey", random_model[1], length=300, count=1, seed=seed)[0] for seed in range(4)]
+    [some, *_] = evaluate(*random_model, samples[:1], [FULL], question_visible=[False])
+
+    def record(task, context, right):
+        return replace(some, id=f"{task}-{context}", context_id=f"{task}-{context}", task=task, right=right)
+
+    one_each = [record(task, 0, task in "ab") for task in "abc"]
+    [line] = means(one_each)
+    assert (line["low"], line["high"]) == wilson(2, 3)
+    uneven = [record("a", 0, True), *(record("b", i, i < 2) for i in range(4))]
+    [line] = means(uneven)
+    assert line["accuracy"] == 0.75
+    assert (line["low"], line["high"]) == wilson(0.75 * 3.2, 3.2)  # 2 ** 2 / (1 / 1 + 1 / 4) questions
+    for right in (True, False):
+        [line] = means([record(task, i, right) for task in "ab" for i in range(3)])
+        assert (line["low"], line["high"]) == wilson(6 * right, 6)
+    [line] = means([record(task, i, i > 0) for task in "ab" for i in range(6)])
+    assert line["low"] < line["accuracy"] < line["high"]
+    [line] = paired(one_each, [record(task, 0, True) for task in "abc"])
+    assert line["low"] < line["difference"] < line["high"]

@@ -73,8 +73,7 @@ def calibrate(
     """
     if out.suffix != ".json":
         fail(f"--out {out} does not end in .json", "give a name like table.json")
-    if not out.parent.is_dir():
-        fail(f"--out {out}: there is no folder {out.parent}", "make it first, or write into another one")
+    choose.writable(out, "--out")
     share = choose.parse_budget(budget)
     if method == "compactor":
         choose.method("compactor", 0.5, settings or [])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -19,10 +19,24 @@ from kvcompress.cli.console import fail
 if TYPE_CHECKING:
     from kvcompress.methods import Method
 
-__all__ = ["bundled", "device", "load_model", "method", "parameters", "parse_budget", "refused"]
+__all__ = ["bundled", "device", "load_model", "method", "named", "parameters", "parse_budget", "refused", "writable"]
 
 
-def parse_budget(text: str) -> int | float:
+def named(text: str, option: str) -> list[str]:
+    """The words of a comma-separated option, of which there must be one."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        fail(f"{option} names nothing", "give at least one, or leave the option out")
+    return words
+
+
+def writable(path: Path, option: str) -> None:
+    """Ends the command before its work where the result could not be written."""
+    if not path.parent.is_dir():
+        fail(f"{option} {path}: there is no folder {path.parent}", "make it first, or write into another one")
+
+
+def parse_budget(text: str, option: str = "--budget") -> int | float:
     """ "1024" counts entries, "0.1" is a share of the prompt."""
     try:
         budget: int | float = int(text)
@@ -34,7 +48,7 @@ def parse_budget(text: str) -> int | float:
     if budget > 0 and (isinstance(budget, int) or budget <= 1):
         return budget
     fail(
-        f"--budget {text} is neither a number of entries nor a share",
+        f"{option} {text} is neither a number of entries nor a share",
         "give the entries to keep, like 1024, or their share of the prompt with a point, like 0.1 (at most 1.0)",
     )
 
@@ -156,12 +170,14 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        if Path(model).is_dir():
+            fail(f"--model {model} has no tokenizer that loads", "put one there with tokenizer.save_pretrained(FOLDER)")
+        _not_loaded(model, error)
+    try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(
-            f"--model {model} did not load: {reason}", "give a folder with config.json, or a hub id that you can reach"
-        )
+        _not_loaded(model, error)
     from kvcompress.models import CompressedCache
 
     try:
@@ -169,3 +185,8 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     except (ValueError, NotImplementedError) as error:
         fail(str(error), "choose a model with layers that attend in full")
     return loaded.to(on).eval(), tokenizer
+
+
+def _not_loaded(model: str, error: Exception) -> NoReturn:
+    reason = str(error).strip().splitlines()[0]
+    fail(f"--model {model} did not load: {reason}", "give a folder with config.json, or a hub id that you can reach")

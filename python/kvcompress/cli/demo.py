@@ -119,9 +119,9 @@ def demo(
         fail(f"no method here has the parameter {', '.join(sorted(unused))}", f"they have: {known}")
     chosen = {name: choose.method(name, entries, _settings(name, settings or ())) for name in words}
     if plot is not None:
-        from kvcompress.cli.plot import require_matplotlib
+        from kvcompress.cli.plot import require_plot
 
-        require_matplotlib()
+        require_plot(plot)
     asked = pick(read_questions(tasks or choose.bundled(_TASKS, "--tasks FILE")), questions, seed)
     on = choose.device(device)
     loaded, tokenizer = choose.load_model(model or str(choose.bundled("kvc-mini", "--model")), on, "auto")

@@ -28,6 +28,7 @@ _LONG = 100  # tokens of question and answer from which on the table says what a
 _ABOUT = """accuracy: mean over tasks with its interval over contexts; as full: the same first choice as the full cache.
 question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not.
 Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."""
+_SHORTEST = 16  # tokens that are a context and a question at all
 _BUNDLED = {2048: "tasks/shared_2048.jsonl.gz", 4096: "tasks/shared_4096.jsonl.gz"}
 
 
@@ -81,10 +82,10 @@ def evaluate(
 ) -> None:
     """Measure what methods cost a model: answers right, entries and bytes kept, times."""
     if plot is not None:
-        from kvcompress.cli.plot import require_matplotlib
+        from kvcompress.cli.plot import require_plot
 
-        require_matplotlib()
-    named = [word.strip() for word in tasks.split(",")] if tasks else []
+        require_plot(plot)
+    named = [] if tasks is None else choose.named(tasks, "--tasks")
     foreign = [word.removeprefix("lm_eval:") for word in named if word.startswith("lm_eval:")]
     if foreign:
         _require_lm_eval()
@@ -96,6 +97,8 @@ def evaluate(
         fail("--resume needs --out FILE", "give the file that the first go wrote")
     if out is not None and out.exists() and not resume:
         fail(f"--out {out} exists", "add --resume to go on with it, or give another file")
+    if out is not None:
+        choose.writable(out, "--out")
     chosen = candidates(methods, budgets)
     modes = [True, False] if both or (visible and hidden) else [visible]
     on = choose.device(device)
@@ -119,7 +122,7 @@ def evaluate(
     from kvcompress.evaluate import evaluate as run
     from kvcompress.evaluate.metrics import means, summarise
 
-    held = load_records(out) if resume and out is not None and out.exists() else []
+    held = load_records(out, mend=True) if resume and out is not None and out.exists() else []
     wanted = {(str(c), c.budget, s.id, mode) for c in chosen for s in asked for mode in modes}
     records = [r for r in held if r.key in wanted]
     started = time.perf_counter()
@@ -172,9 +175,12 @@ def candidates(words: str, budgets: str) -> list[Candidate]:
     from kvcompress import methods as registry
     from kvcompress.evaluate import Candidate
 
-    names = [name.strip() for name in words.split(",") if name.strip()]
-    names = [other for name in names for other in (list(registry.available()) if name == "all" else [name])]
-    shares = [choose.parse_budget(text.strip()) for text in budgets.split(",")]
+    names = [
+        other
+        for name in choose.named(words, "--methods")
+        for other in (list(registry.available()) if name == "all" else [name])
+    ]
+    shares = [choose.parse_budget(text, "--budgets") for text in choose.named(budgets, "--budgets")]
     out = [Candidate("full", None)]
     for name in dict.fromkeys(names):
         method, *settings = name.split(":")
@@ -196,10 +202,12 @@ def pick_samples(
         wanted = [int(text) for text in (lengths or "2048").split(",")]
     except ValueError:
         fail(f"--lengths {lengths} are not numbers", "give tokens, like 2048,4096")
+    if min(wanted) < _SHORTEST:
+        fail(f"--lengths {lengths}: {min(wanted)} tokens are too few", f"give at least {_SHORTEST}, like 2048,4096")
     sets = {n: choose.bundled(_BUNDLED[n], "--tasks FILE") for n in wanted if n in _BUNDLED} if bundled_model else {}
     own = {n: read_samples(path) for n, path in sets.items()}
     bundled = list(dict.fromkeys(sample.task for rows in own.values() for sample in rows))
-    named = [word.strip() for word in tasks.split(",")] if tasks else (bundled or generators.available())
+    named = list(dict.fromkeys(choose.named(tasks, "--tasks"))) if tasks else (bundled or generators.available())
     out: list[Sample] = []
     for word in named:
         if word.startswith("text:"):
@@ -215,7 +223,7 @@ def pick_samples(
                 fail(f"--tasks {word}: no such file", "give a FILE.jsonl or FILE.jsonl.gz as models/tasks describes")
             try:
                 rows = read_samples(word)
-            except (ValueError, OSError, EOFError) as error:
+            except ValueError as error:
                 fail(str(error), "each line is a JSON object with context, question, answer_prefix and answer")
             out += [sample for sample in rows if lengths is None or sample.length in wanted]
         elif word in bundled:
@@ -234,6 +242,10 @@ def pick_samples(
             fail(f"no task is called {word!r}", f"choose among: {known}; or give FILE.jsonl[.gz] or text:FILE")
     if not out:
         fail("there is no question to ask", "check --tasks and --lengths against the lengths in the file")
+    seen: set[str] = set()
+    twice = next((s.id for s in out if s.id in seen or seen.add(s.id)), None)  # type: ignore[func-returns-value]
+    if twice is not None:
+        fail(f"two questions have the id {twice!r}", "give every question an id of its own, or none")
     return first(out, limit)
 
 
@@ -293,21 +305,23 @@ def _foreign_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
-def load_records(path: Path) -> list[Record]:
-    """The lines that --out wrote. A last line that was cut off is left out."""
+def load_records(path: Path, *, mend: bool = False) -> list[Record]:
+    """The lines that --out wrote. A last line that was cut off is left out; `mend` takes it out of the file as well."""
     from kvcompress.evaluate import Record
 
     if not path.is_file():
         fail(f"{path}: no such file", "give a file that `kvcompress eval --out` wrote")
     records = []
-    lines = path.read_text().splitlines()
+    text = path.read_text(errors="replace")
+    lines, is_cut = text.splitlines(), not text.endswith("\n")
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record.from_dict(json.loads(line)))
         except (KeyError, TypeError, ValueError):
-            if number < len(lines):
+            if number < len(lines) or not is_cut:
                 fail(f"{path}: line {number} is no record", "give a file that `kvcompress eval --out` wrote")
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]))
+    if mend and lines and is_cut:
+        path.write_text("".join(f"{line}\n" for line in lines[: len(records)]))
     return records
 
 
@@ -319,7 +333,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Group:
     for visible, length in kinds:
         own = [line for line in lines if (line["question_visible"], line["length"]) == (visible, length)]
         shown = Table(box=box.SIMPLE_HEAD, title_justify="left")
-        shown.title = f"question {'visible' if visible else 'hidden'}, {own[0]['prompt_tokens']:.0f} tokens compressed"
+        shown.title = (
+            f"question {'visible' if visible else 'hidden'}, {own[0]['prompt_tokens']:.0f} tokens compressed, "
+            f"{_count(own[0]['n'], 'question')}, {_count(own[0]['tasks'], 'task')}"
+        )
         for heading in ("method", "budget", "accuracy, 95 %", "as full", "KL", *(("ppl", "at end") if long else ()), "entries",
                         "bytes", "prefill", "decode"):  # fmt: skip
             shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
@@ -340,6 +357,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Group:
             )
         tables.append(shown)
     return Group(*tables, Text(_ABOUT, style="italic"))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _compare(a: Sequence[Record], b: Sequence[Record], as_json: bool) -> None:

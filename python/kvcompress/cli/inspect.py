@@ -45,14 +45,14 @@ def inspect(
 ) -> None:
     """Draw the attention's output error, layer x head, and the kept positions. No task, no answer: a second's look."""
     if plot is not None:
-        from kvcompress.cli.plot import require_matplotlib
+        from kvcompress.cli.plot import require_plot
 
-        require_matplotlib()
+        require_plot(plot)
     if prompt_file is not None and task is not None:
         fail("the prompt is given once", "give either --prompt-file FILE or --task NAME")
     entries = choose.parse_budget(budget)
     chosen: dict[str, Any] = {}
-    for words in (word.strip() for word in methods.split(",")):
+    for words in choose.named(methods, "--methods"):
         name, *settings = words.split(":")
         chosen[words] = choose.method(name, entries, settings)
     on = choose.device(device)

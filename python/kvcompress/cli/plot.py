@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress.cli import choose
 from kvcompress.cli.console import fail
 
-__all__ = ["draw", "draw_quality", "require_matplotlib"]
+__all__ = ["draw", "draw_quality", "require_plot"]
 
 
-def require_matplotlib() -> None:
+def require_plot(path: Path) -> None:
     """Ends the command early, before any work is done, where the picture could not be drawn."""
     if find_spec("matplotlib") is None:
         fail("--plot needs matplotlib", "pip install 'kvcompress[plots]'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    choose.writable(path, "--plot")
+    if path.suffix[1:] not in FigureCanvasAgg.get_supported_filetypes():
+        fail(f"--plot {path} does not end like a picture", "give a name like kept.png, kept.svg or kept.pdf")
 
 
 def draw(path: Path, kept: Mapping[str, Sequence[Sequence[Sequence[int]]]], tokens: int, needle: int | None) -> None:
@@ -57,7 +63,7 @@ def draw(path: Path, kept: Mapping[str, Sequence[Sequence[Sequence[int]]]], toke
 
 
 def draw_quality(path: Path, lines: Sequence[Mapping[str, Any]], records: Sequence[Any]) -> None:
-    """Accuracy over entries kept, a panel a length and mode, a line a method; below, accuracy by needle depth and length.
+    """Accuracy over entries kept, a panel a length and mode, a line a method; below, for each mode, by needle depth x length.
 
     Args:
         path: the file to write.
@@ -67,7 +73,7 @@ def draw_quality(path: Path, lines: Sequence[Mapping[str, Any]], records: Sequen
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((line["length"], line["question_visible"]) for line in lines))
+    panels = sorted({(line["length"], line["question_visible"]) for line in lines}, key=lambda p: (not p[1], p[0]))
     located = [r for r in records if r.depth is not None]
     methods = list(dict.fromkeys(line["method"] for line in lines))
     rows = len(methods) if located else 0
@@ -75,9 +81,10 @@ def draw_quality(path: Path, lines: Sequence[Mapping[str, Any]], records: Sequen
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1 + rows, len(panels), height_ratios=[5, *[1.1] * rows])
     lengths = sorted({r.length for r in located})
+    modes = {True: "question visible", False: "question hidden"}
     for column, (length, visible) in enumerate(panels):
         panel = figure.add_subplot(grid[0, column])
-        mode = "question visible" if visible else "question hidden"
+        mode = modes[visible]
         panel.set_title(f"{length} tokens, {mode}", fontsize=10)
         for place, method in enumerate(methods):
             own = [x for x in lines if (x["method"], x["length"], x["question_visible"]) == (method, length, visible)]
@@ -93,8 +100,10 @@ def draw_quality(path: Path, lines: Sequence[Mapping[str, Any]], records: Sequen
         panel.set(xscale="log", xlabel="entries kept, %", ylabel="exact match, %", ylim=(0, 102))
         panel.set_xticks([2, 5, 10, 25, 50, 100], labels=["2", "5", "10", "25", "50", "100"], minor=False)
         panel.legend(fontsize=7)
-        for row, method in enumerate(methods if located else []):
-            heat = figure.add_subplot(grid[1 + row, column])
+    for visible, mode in modes.items():
+        columns = [column for column, (_, v) in enumerate(panels) if v == visible]
+        for row, method in enumerate(methods if located and columns else []):
+            heat = figure.add_subplot(grid[1 + row, columns[0] : columns[-1] + 1])
             values = np.full((len(lengths), 10), np.nan)
             for i, tokens in enumerate(lengths):
                 for bin_ in range(10):
@@ -107,8 +116,10 @@ def draw_quality(path: Path, lines: Sequence[Mapping[str, Any]], records: Sequen
                     values[i, bin_] = np.mean(hits) if hits else np.nan
             heat.imshow(values, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, extent=(0, 100, len(lengths) - 0.5, -0.5))
             heat.set_yticks(range(len(lengths)), labels=[str(n) for n in lengths], fontsize=7)
-            heat.set_title(f"{method}: right by depth of the answer (%), all budgets", fontsize=8, loc="left")
+            heat.set_title(f"{method}, {mode}: tokens x depth of the answer, all budgets", fontsize=8, loc="left")
             heat.tick_params(labelsize=7)
+            if row + 1 == rows:
+                heat.set_xlabel("depth of the answer, %; green: all right, red: none, white: not asked", fontsize=8)
     _save(figure, path)
 
 
@@ -116,4 +127,4 @@ def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        fail(f"--plot {path} could not be written: {error}", "give a file ending in .png in a folder that exists")
+        fail(f"--plot {path} could not be written: {error}", "give a file in a folder that you may write to")

@@ -56,7 +56,9 @@ def tune(
         fail(
             f"--out {out} does not end in .json", "profiles are known by that ending, as in generate --method FILE.json"
         )
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if out is not None:
+        choose.writable(out, "--out")
+    names = choose.named(methods, "--methods")
     for name in names:
         _make(name, 0.5)
     on = choose.device(device)

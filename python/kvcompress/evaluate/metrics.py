@@ -17,7 +17,7 @@ _Z = 1.959964  # two-sided 95 %
 _RESAMPLES = 2000
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share of `right` in `n`, by Wilson's score.
 
     Example:
@@ -95,10 +95,7 @@ def means(records: Iterable[Record]) -> list[dict[str, Any]]:
             tasks.setdefault(r.task, {}).setdefault(r.context_id, []).append(r)
         clusters = [[[float(r.right) for r in rows] for rows in task.values()] for task in tasks.values()]
         accuracy = fmean(fmean(x for rows in task for x in rows) for task in clusters)
-        if len(clusters) == 1:
-            low, high = wilson(sum(r.right for r in own), len(own))
-        else:
-            low, high = bootstrap(clusters)
+        low, high = _interval(accuracy, clusters)
         lines.append(
             {
                 "method": method,
@@ -118,6 +115,18 @@ def means(records: Iterable[Record]) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _interval(accuracy: float, clusters: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """The 95 % interval of a mean over tasks: by the bootstrap over contexts where it has something to draw from.
+
+    One task, a task with one context, and answers that are all right or all wrong give it no spread, which would pass for
+    certainty: there it is Wilson's, at the number of questions that a mean of equally weighted tasks is worth.
+    """
+    if len(clusters) > 1 and all(len(task) > 1 for task in clusters) and 0 < accuracy < 1:
+        return bootstrap(clusters)
+    n = len(clusters) ** 2 / sum(1 / sum(map(len, task)) for task in clusters)
+    return wilson(accuracy * n, n)
 
 
 def paired(a: Iterable[Record], b: Iterable[Record]) -> list[dict[str, Any]]:
@@ -144,7 +153,8 @@ def paired(a: Iterable[Record], b: Iterable[Record]) -> list[dict[str, Any]]:
             if not shared:
                 continue
             clusters = [list(task.values()) for task in tasks.values()]
-            low, high = bootstrap(clusters)
+            alone = any(len(task) == 1 for task in clusters)  # nothing to draw from within such a task
+            low, high = bootstrap([[rows for task in clusters for rows in task]] if alone else clusters)
             budget, length, visible = key
             lines.append(
                 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
@@ -85,22 +86,40 @@ def read_samples(path: str | PathLike[str]) -> list[Sample]:
         ValueError: a line that is no sample; the message names it.
     """
     file = Path(path)
-    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        lines = data.decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
     known = {field.name for field in fields(Sample)}
     samples = []
-    for number, line in enumerate(data.decode().split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if lacks := [name for name in ("context", "question", "answer_prefix", "answer") if name not in row]:
+                raise ValueError(f"it lacks {', '.join(lacks)}")
             row.setdefault("id", f"{file.name}-{number}")
             row.setdefault("context_id", row["id"])
             row.setdefault("task", file.name.split(".")[0])
             row.setdefault("length", 0)
-            samples.append(Sample(**{name: value for name, value in row.items() if name in known}))
+            samples.append(_checked(Sample(**{name: row[name] for name in known & row.keys()})))
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file}: line {number} is no sample ({error}); see models/tasks/README.md") from None
     return [_located(sample) for sample in samples]
+
+
+def _checked(sample: Sample) -> Sample:
+    for name in ("id", "context_id", "task", "context", "question", "answer_prefix", "answer", "start", "end"):
+        if not isinstance(getattr(sample, name), str):
+            raise ValueError(f"{name} must be a text, got {getattr(sample, name)!r}")
+    if not isinstance(sample.length, int):
+        raise ValueError(f"length must be a number of tokens, got {sample.length!r}")
+    for name in ("context", "answer"):
+        if not getattr(sample, name):
+            raise ValueError(f"{name} must not be empty")
+    return sample
 
 
 def _located(sample: Sample) -> Sample:
