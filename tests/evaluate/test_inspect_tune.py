@@ -47,7 +47,7 @@ def test_attention_error_against_plain_softmax(random_model, name):
             assert abs(errors[0, 2, head] - wanted) < 1e-4
 
 
-def test_inspect(run, checkpoint, tmp_path):  # noqa: F811
+def test_inspect(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     words = (
         "inspect",
         "--model",
@@ -71,6 +71,10 @@ def test_inspect(run, checkpoint, tmp_path):  # noqa: F811
     result = run(*words, "--prompt-file", tmp_path / "t.txt", "--plot", tmp_path / "p.png")
     assert result.exit_code == 0, result.output
     assert "error of each head" in result.stdout
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = run(*words, "--prompt-file", tmp_path / "t.txt")
+    for column in ("layer", "entries", "error of each head", "mean", "kept positions, 0 to"):
+        assert column in narrow.stdout  # a narrow window breaks lines, no column goes
     assert (tmp_path / "p.png").exists()
 
 

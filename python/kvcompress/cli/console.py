@@ -7,14 +7,22 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-__all__ = ["fail", "notes", "print_json", "results"]
+__all__ = ["fail", "notes", "print_json", "print_whole", "results"]
 
 
 def results() -> Console:
     """Standard output, as it is now (tests replace it)."""
     return Console()
+
+
+def print_whole(shown: RenderableType) -> None:
+    """Prints tables on stdout in all their width, however narrow the window is: columns that are cut off say nothing."""
+    out = results()
+    width, out.width = out.width, 1000
+    out.width = max(width, out.measure(shown).maximum)
+    out.print(shown)
 
 
 def notes() -> Console:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcompress.cli import choose
-from kvcompress.cli.console import fail, notes, print_json, results
+from kvcompress.cli.console import fail, notes, print_json, print_whole
 from kvcompress.cli.report import size
 
 if TYPE_CHECKING:
@@ -165,9 +165,9 @@ def evaluate(
         )
     else:
         if lines:
-            _print_whole(table(lines))
+            print_whole(table(lines))
         if others:
-            results().print(_foreign_table(others))
+            print_whole(_foreign_table(others))
 
 
 def candidates(words: str, budgets: str) -> list[Candidate]:
@@ -247,14 +247,6 @@ def pick_samples(
     if twice is not None:
         fail(f"two questions have the id {twice!r}", "give every question an id of its own, or none")
     return first(out, limit)
-
-
-def _print_whole(shown: Group) -> None:
-    """Prints tables in all their width, however narrow the window is."""
-    out = results()
-    width, out.width = out.width, 1000
-    out.width = max(width, out.measure(shown).maximum)
-    out.print(shown)
 
 
 def _require_lm_eval() -> None:
@@ -404,4 +396,4 @@ def _compare(a: Sequence[Record], b: Sequence[Record], as_json: bool) -> None:
             str(line["gained"]),
             str(line["lost"]),
         )
-    results().print(shown)
+    print_whole(shown)

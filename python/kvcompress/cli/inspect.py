@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcompress.cli import choose
-from kvcompress.cli.console import fail, print_json, results
+from kvcompress.cli.console import fail, print_json, print_whole
 from kvcompress.cli.eval import pick_samples
 from kvcompress.cli.report import size
 
@@ -92,7 +92,7 @@ def inspect(
     if as_json:
         print_json({"prompt_tokens": len(ids), "next_tokens": len(behind), "runs": runs})
     else:
-        results().print(Group(*(_picture(run, len(ids)) for run in runs)))
+        print_whole(Group(*(_picture(run, len(ids)) for run in runs)))
 
 
 def _prompt(

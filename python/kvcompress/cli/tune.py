@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvcompress.cli import choose
-from kvcompress.cli.console import fail, notes, print_json, results
+from kvcompress.cli.console import fail, notes, print_json, print_whole, results
 from kvcompress.cli.eval import pick_samples
 from kvcompress.cli.report import size
 
@@ -98,7 +98,7 @@ def tune(
         shown = {"found": found, "pareto": [_plain(p) for p in front], "points": [_plain(p) for p in points]}
         print_json({**about, "profile": str(out) if out and best else None, **shown})
     else:
-        results().print(_table(points, front, best, metric))
+        print_whole(_table(points, front, best, metric))
         if best is None:
             results().print(f"No cache is under the bound of {max_loss}; the full one is the answer.", highlight=False)
         elif out is not None:
