@@ -113,8 +113,13 @@ def test_bundled_model_by_default(run):  # noqa: F811
 
 def test_refuses(refused, words, tmp_path):  # noqa: F811
     base = words[:3]
-    assert "no task is called" in refused(*base, "--tasks", "nothing", "--device", "cpu")
-    assert "no method is called" in refused(*base, "--methods", "nothing")
+    assert "--tasks: no task is called" in refused(*base, "--tasks", "nothing", "--device", "cpu")
+    assert "--methods: no method is called" in refused(*base, "--methods", "nothing")
+    assert "of another type than it takes, got window='wide'" in refused(*base, "--methods", "snapkv:window=wide")
+    assert "window is not key=value" in refused(*base, "--methods", "snapkv:window")
+    assert "the ops run on cpu and cuda alone" in refused(*base, "--device", "meta")
+    for bound in ("-1", "nan", "inf"):
+        assert "is not a bound" in refused("tune", *base[1:], "--max-loss", bound)
     assert "no such file" in refused(*base, "--tasks", "x.jsonl", "--device", "cpu")
     assert "--resume needs --out" in refused(*base, "--resume")
     (tmp_path / "a.jsonl").write_text("")
@@ -131,19 +136,27 @@ def test_refuses(refused, words, tmp_path):  # noqa: F811
 def test_refuses_before_the_work(refused, words, tmp_path):  # noqa: F811
     """What could not be written at the end is said before a model is loaded."""
     base = ("--model", tmp_path / "none", "--methods", "snapkv")
+    (tmp_path / "folder.json").mkdir()
+    for command in (("eval", "--resume"), ("tune", "--max-loss", "0.1")):
+        assert "cannot be written" in refused(*command, *base, "--out", tmp_path / "folder.json")
     for command in (("eval",), ("tune", "--max-loss", "0.1")):
         assert "there is no folder" in refused(*command, *base, "--out", tmp_path / "no" / "a.json")
     for command in ("eval", "inspect"):
         assert "there is no folder" in refused(command, *base, "--plot", tmp_path / "no" / "a.png")
         assert "does not end like a picture" in refused(command, *base, "--plot", tmp_path / "a.txt")
         assert "--methods names nothing" in refused(command, *base[:2], "--methods", " ")
+    assert "no such folder" in refused("eval", *base, "--out", tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_refuses_files_that_are_no_questions(refused, words, tmp_path):  # noqa: F811
     line = {"id": "a", "context": "Key 7. ", "question": "\nKey?", "answer_prefix": "\nAnswer:", "answer": "7"}
     lacking = {name: line[name] for name in ("context", "question")}
     for wrong, said in (
-        ([], "there is no question to ask"),
+        ([], "own.jsonl has no line"),
+        ([[1, 2]], "line 1 is no sample (it is not a JSON object)"),
+        ([{**line, "depth": 3}], "depth must be null or between 0 and 1, got 3"),
+        ([{**line, "length": -1}], "length must be a number of tokens, got -1"),
         ([lacking], "line 1 is no sample (it lacks answer_prefix, answer)"),
         ([line, {**line, "id": "b", "answer": 7}], "line 2 is no sample (answer must be a text, got 7)"),
         ([{**line, "context": ""}], "context must not be empty"),
@@ -152,6 +165,12 @@ def test_refuses_files_that_are_no_questions(refused, words, tmp_path):  # noqa:
     ):
         (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
         assert said in refused(*words[:3], "--tasks", tmp_path / "own.jsonl", "--device", "cpu")
+    (tmp_path / "own.jsonl").write_text(json.dumps({**line, "length": 2048}) + "\n{broken\n")
+    assert "line 2 is no sample" in refused(*words[:3], "--tasks", tmp_path / "own.jsonl", "--device", "cpu")
+    (tmp_path / "own.jsonl").write_text(json.dumps({**line, "length": 2048}) + "\n")
+    said = refused(*words[:3], "--tasks", tmp_path / "own.jsonl", "--lengths", "64", "--device", "cpu")
+    assert "own.jsonl has no question of --lengths 64" in said
+    assert "its lengths are 2048" in said
     for name, data in (("a.jsonl.gz", b"{}"), ("b.jsonl", b"\xff\xfe")):
         (tmp_path / name).write_bytes(data)
         assert f"{name} cannot be read" in refused(*words[:3], "--tasks", tmp_path / name, "--device", "cpu")
@@ -159,7 +178,7 @@ def test_refuses_files_that_are_no_questions(refused, words, tmp_path):  # noqa:
 
 def test_a_file_that_is_no_record_is_left_as_it_is(refused, words, tmp_path):  # noqa: F811
     other = tmp_path / "other.jsonl"
-    for text in ('{"context": "a"}\n', "my notes\nin two lines\n"):
+    for text in ('{"context": "a"}\n', "my notes\nin two lines\n", "a line without an end"):
         other.write_text(text)
         assert "line 1 is no record" in refused("eval", "--compare", other, other)
         assert "line 1 is no record" in refused(*words, "--out", other, "--resume")
@@ -171,6 +190,38 @@ def test_a_model_without_tokenizer(refused, checkpoint, tmp_path):  # noqa: F811
 
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path)
     assert "has no tokenizer that loads" in refused("eval", "--model", tmp_path, "--device", "cpu")
+
+
+def test_what_is_named_twice_counts_once(run, words):  # noqa: F811
+    twice = [{"0.25,100": "0.25,0.250", "1500": "1500,1500"}.get(str(word), word) for word in words]
+    shown = json.loads(run(*twice, "--json").stdout)
+    assert shown["questions"] == 4
+    assert len(shown["runs"]) == (1 + 2) * 2  # candidates x tasks
+    assert {r["n"] for r in shown["runs"]} == {2}
+
+
+def test_a_text_needs_a_tokenizer_that_knows_places(refused, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig
+
+    tokenizer = ByT5Tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "t.txt").write_text("The grass is green. " * 40)
+    words = (
+        "eval",
+        "--model",
+        tmp_path,
+        "--tasks",
+        f"text:{tmp_path / 't.txt'}",
+        "--lengths",
+        "200",
+        "--device",
+        "cpu",
+    )
+    assert "t.txt: the tokenizer must be a fast one" in refused(*words)
 
 
 def test_budgets_beyond_the_prompt_keep_it_all(run, words):  # noqa: F811

@@ -159,6 +159,8 @@ def test_a_model_with_sliding_layers():
     ids = torch.tensor([tokenizer(samples[0].context)["input_ids"]])
     for r in records:
         assert r.kl < 1e-6 if r.method == "full" else r.kl > 0
+        assert r.prefill_s > 1e-4  # the reading itself, not the order for it
+        assert r.compress_s is None
         assert r.entries == (r.prompt_tokens if r.method == "full" else budget.entries(0.3, r.prompt_tokens))
     assert ids.shape[1] == next(r.prompt_tokens for r in records if not r.question_visible)
 

@@ -62,6 +62,7 @@ def test_inspect(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     result = run(*words, "--task", "passkey", "--length", "700", "--json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
+    assert shown["question_visible"] is False
     cut, full = shown["runs"]
     assert len(cut["error"]) == 3
     assert len(cut["error"][0]) == 4
@@ -71,6 +72,8 @@ def test_inspect(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     result = run(*words, "--prompt-file", tmp_path / "t.txt", "--plot", tmp_path / "p.png")
     assert result.exit_code == 0, result.output
     assert "error of each head" in result.stdout
+    assert "the next tokens of" in result.stdout
+    assert "question hidden" in run(*words, "--task", "passkey", "--length", "700").stdout
     monkeypatch.setenv("COLUMNS", "60")
     narrow = run(*words, "--prompt-file", tmp_path / "t.txt")
     for column in ("layer", "entries", "error of each head", "mean", "kept positions, 0 to"):
@@ -141,6 +144,28 @@ def test_nothing_under_the_bound(run, checkpoint):  # noqa: F811
     assert json.loads(result.stdout)["found"] is None
 
 
+@pytest.mark.parametrize("mode", ["visible", "hidden"])
+def test_a_bound_that_says_nothing_is_said(run, checkpoint, mode):  # noqa: F811
+    """Random weights answer nothing right, so no cache loses accuracy."""
+    words = (
+        "tune",
+        "--model",
+        checkpoint,
+        "--max-loss",
+        "0.01",
+        "--methods",
+        "keydiff",
+        "--tasks",
+        "passkey",
+        "--lengths",
+        "500",
+    )
+    result = run(*words, "--limit", "1", "--device", "cpu", *(["--question-visible"] if mode == "visible" else []))
+    assert result.exit_code == 0, result.output
+    assert f"question {mode}: all points" in result.stdout
+    assert "The full cache answers none of these questions right" in result.stderr
+
+
 @pytest.mark.parametrize("name", methods.available())
 def test_profiles_hold_every_method(name, tmp_path):
     method = methods.create(name, budget=0.25)
@@ -155,6 +180,14 @@ def test_other_files_are_no_profiles(tmp_path, refused):  # noqa: F811
             methods.load_profile(tmp_path / "p.json")
     base = ("generate", "--model", ".", "--prompt", "a", "--method")
     assert "no such file" in refused(*base, tmp_path / "other.json")
+
+
+def test_a_prompt_file_is_a_text(tmp_path, refused, checkpoint):  # noqa: F811
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    for command in (("generate", "--method", "snapkv"), ("inspect", "--methods", "snapkv")):
+        words = (*command, "--model", checkpoint, "--device", "cpu", "--prompt-file")
+        assert "a.txt cannot be read" in refused(*words, tmp_path / "a.txt")
+        assert "no such file" in refused(*words, tmp_path / "b.txt")
 
 
 def test_pareto():

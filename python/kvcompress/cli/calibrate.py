@@ -86,6 +86,7 @@ def calibrate(
     loaded, tokenizer = choose.load_model(path, on, dtype)
     samples = pick_samples(tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None)
     about = {"model": path, "revision": getattr(loaded.config, "_commit_hash", None), "questions": len(samples)}
+    about["question_visible"] = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes(), transient=True) as progress:
         if method == "baklava_like":
@@ -164,7 +165,7 @@ def _curve(
 def _shown(method: str, found: dict[str, Any]) -> Table:
     if method == "baklava_like":
         shown = Table(box=box.SIMPLE_HEAD, min_width=72, title="gamma and beta on held-out answers, likeliest first")
-        shown.caption = "NLL: mean over the answers' tokens, in nats. gamma 0 is the uniform budget."
+        shown.caption = "Question hidden. NLL: mean over the answers' tokens, in nats. gamma 0 is the uniform budget."
         for heading in ("gamma", "beta", "NLL"):
             shown.add_column(heading, justify="right")
         for trial in found["trials"]:
@@ -178,7 +179,7 @@ def _shown(method: str, found: dict[str, Any]) -> Table:
         min_width=72,
         title=f"share to keep for a context of NLL {middle:.2f} nats, the median here",
     )
-    shown.caption = f"b = {found['alpha']:.4g} * NLL + {found['beta']:.4g}, fitted to {len(found['triples'])} answers."
+    shown.caption = f"Question hidden. b = {found['alpha']:.4g} * NLL + {found['beta']:.4g}, fitted to {len(found['triples'])} answers."
     for heading in ("quality", "share"):
         shown.add_column(heading, justify="right")
     for quality in (0.99, 0.95, 0.9, 0.8):

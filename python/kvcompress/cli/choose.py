@@ -19,7 +19,9 @@ from kvcompress.cli.console import fail
 if TYPE_CHECKING:
     from kvcompress.methods import Method
 
-__all__ = ["bundled", "device", "load_model", "method", "named", "parameters", "parse_budget", "refused", "writable"]
+__all__ = [
+    "bundled", "device", "load_model", "method", "named", "parameters", "parse_budget", "read_text", "refused", "writable",
+]  # fmt: skip
 
 
 def named(text: str, option: str) -> list[str]:
@@ -34,6 +36,23 @@ def writable(path: Path, option: str) -> None:
     """Ends the command before its work where the result could not be written."""
     if not path.parent.is_dir():
         fail(f"{option} {path}: there is no folder {path.parent}", "make it first, or write into another one")
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        fail(f"{option} {path} cannot be written: {error.strerror}", "give a file in a folder that you may write to")
+    if is_new:
+        path.unlink()
+
+
+def read_text(path: Path, option: str, *, or_else: str = "") -> str:
+    """A text file. `or_else` is what else the option takes."""
+    if not path.is_file():
+        fail(f"{option} {path}: no such file", f"give a text file{or_else}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{option} {path} cannot be read: {error}", "give a text file in UTF-8")
 
 
 def parse_budget(text: str, option: str = "--budget") -> int | float:
@@ -55,21 +74,22 @@ def parse_budget(text: str, option: str = "--budget") -> int | float:
 
 def parameters(words: str) -> set[str]:
     """The names of all parameters of "A+B"."""
-    return {field.name for cls in _chain(words) for field in fields(cls)}
+    return {field.name for cls in _chain(words, "--method") for field in fields(cls)}
 
 
-def method(words: str, budget: int | float, settings: Sequence[str] = ()) -> Method | None:
+def method(words: str, budget: int | float, settings: Sequence[str] = (), option: str = "--method") -> Method | None:
     """A method by its name, "squeeze_attention+snapkv" for one inside the other, "FILE.json" for a profile, None for "full".
 
-    Each of `settings` is "key=value"; it goes to the outermost method that has such a parameter.
+    Each of `settings` is "key=value"; it goes to the outermost method that has such a parameter. `option` is where the words
+    come from.
     """
     if words.endswith(".json"):
-        return _profile(words, settings)
-    chain, given = _chain(words), dict(_setting(text) for text in settings)
+        return _profile(words, settings, option)
+    chain, given = _chain(words, option), dict(_setting(text, option) for text in settings)
     unknown = given.keys() - parameters(words)
     if unknown:
         known = ", ".join(sorted(parameters(words))) or "no parameters"
-        fail(f"{words} has no parameter {', '.join(sorted(unknown))}", f"it has: {known}")
+        fail(f"{option}: {words} has no parameter {', '.join(sorted(unknown))}", f"it has: {known}")
     own: list[dict[str, Any]] = []
     for cls in chain:
         names = {field.name for field in fields(cls)}
@@ -79,38 +99,48 @@ def method(words: str, budget: int | float, settings: Sequence[str] = ()) -> Met
         inner = {} if built is None else {"inner": built}
         try:
             built = methods.create(cls.name, **{"budget": budget, **inner, **numbers})
-        except (TypeError, ValueError) as error:
-            fail(str(error), f"`kvcompress methods {cls.name}` explains the parameters")
+        except ValueError as error:
+            fail(f"{option}: {error}", f"`kvcompress methods {cls.name}` explains the parameters")
+        except TypeError:
+            own_words = ", ".join(f"{key}={value!r}" for key, value in numbers.items())
+            fail(
+                f"{option}: a parameter of {cls.name} has a value of another type than it takes, got {own_words}",
+                f"`kvcompress methods {cls.name}` explains the parameters",
+            )
     return built
 
 
-def _profile(path: str, settings: Sequence[str]) -> Method:
+def _profile(path: str, settings: Sequence[str], option: str) -> Method:
     """What `kvcompress tune` found; the budget is its own."""
     if settings:
         fail(f"--set {settings[0]}: the profile {path} has all its numbers", "edit the file, or name a method instead")
     if not Path(path).is_file():
-        fail(f"--method {path}: no such file", "give a profile that `kvcompress tune --out` wrote")
+        fail(f"{option} {path}: no such file", "give a profile that `kvcompress tune --out` wrote")
     try:
         return methods.load_profile(path)
     except ValueError as error:
         fail(str(error), "give a profile that `kvcompress tune --out` wrote")
 
 
-def _chain(words: str) -> list[type[Method]]:
+def _chain(words: str, option: str) -> list[type[Method]]:
     if words == "full":
         return []
     registry = methods.available()
     for name in words.split("+"):
         if name not in registry:
             known = ", ".join(["full", *registry])
-            fail(f"no method is called {name!r}", f"choose among: {known}; or A+B, as in squeeze_attention+snapkv")
+            fail(
+                f"{option}: no method is called {name!r}",
+                f"choose among: {known}; or A+B, as in squeeze_attention+snapkv",
+            )
     return [registry[name] for name in words.split("+")]
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str, option: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        fail(f"--set {text} is not key=value", "write it like --set window=16")
+        example = "--set window=16" if option == "--method" else f"{option} NAME:window=16"
+        fail(f"{option}: {text} is not key=value", f"write it like {example}")
     try:
         return key, ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -125,8 +155,12 @@ def device(name: str | None) -> torch.device:
         wanted = torch.device(name)
     except RuntimeError:
         fail(f"--device {name} is not a device", "give cpu, cuda or cuda:1")
+    if wanted.type not in ("cpu", "cuda"):
+        fail(f"--device {name}: the ops run on cpu and cuda alone", "give cpu, cuda or cuda:1")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         fail(f"--device {name}: torch sees no GPU", "use --device cpu; `kvcompress doctor` says what is missing")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs", "count them from cuda:0 on")
     return wanted
 
 

@@ -28,6 +28,7 @@ _LONG = 100  # tokens of question and answer from which on the table says what a
 _ABOUT = """accuracy: mean over tasks with its interval over contexts; as full: the same first choice as the full cache.
 question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not.
 Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."""
+_OPENING = '{"method": '  # of every line of --out
 _SHORTEST = 16  # tokens that are a context and a question at all
 _BUNDLED = {2048: "tasks/shared_2048.jsonl.gz", 4096: "tasks/shared_4096.jsonl.gz"}
 
@@ -180,12 +181,13 @@ def candidates(words: str, budgets: str) -> list[Candidate]:
         for name in choose.named(words, "--methods")
         for other in (list(registry.available()) if name == "all" else [name])
     ]
-    shares = [choose.parse_budget(text, "--budgets") for text in choose.named(budgets, "--budgets")]
+    given = [choose.parse_budget(text, "--budgets") for text in choose.named(budgets, "--budgets")]
+    shares = {repr(share): share for share in given}.values()  # 1 entry and a share of 1.0 are two budgets
     out = [Candidate("full", None)]
     for name in dict.fromkeys(names):
         method, *settings = name.split(":")
         if method != "full":
-            out += [Candidate(name, choose.method(method, share, settings), share) for share in shares]
+            out += [Candidate(name, choose.method(method, share, settings, "--methods"), share) for share in shares]
     return out
 
 
@@ -199,7 +201,7 @@ def pick_samples(
     from kvcompress.evaluate.text import text_samples
 
     try:
-        wanted = [int(text) for text in (lengths or "2048").split(",")]
+        wanted = list(dict.fromkeys(int(text) for text in (lengths or "2048").split(",")))
     except ValueError:
         fail(f"--lengths {lengths} are not numbers", "give tokens, like 2048,4096")
     if min(wanted) < _SHORTEST:
@@ -217,14 +219,22 @@ def pick_samples(
                 try:
                     out += text_samples(Path(word[5:]), tokenizer, length=length, count=limit or 24, answer=answer)
                 except ValueError as error:
-                    fail(str(error), "give a longer text, or smaller --lengths")
+                    fail(f"--tasks {error}", "give a longer text, or smaller --lengths")
         elif word.endswith((".jsonl", ".jsonl.gz")):
             if not Path(word).is_file():
                 fail(f"--tasks {word}: no such file", "give a FILE.jsonl or FILE.jsonl.gz as models/tasks describes")
             try:
                 rows = read_samples(word)
             except ValueError as error:
-                fail(str(error), "each line is a JSON object with context, question, answer_prefix and answer")
+                fail(f"--tasks {error}", "each line is a JSON object with context, question, answer_prefix and answer")
+            if not rows:
+                fail(f"--tasks {word} has no line", "each line is a JSON object, as models/tasks/README.md describes")
+            own_lengths = sorted({sample.length for sample in rows})
+            if lengths is not None and not set(own_lengths) & set(wanted):
+                fail(
+                    f"--tasks {word} has no question of --lengths {lengths}",
+                    f"its lengths are {', '.join(map(str, own_lengths))}; without --lengths all are taken",
+                )
             out += [sample for sample in rows if lengths is None or sample.length in wanted]
         elif word in bundled:
             out += [sample for rows in own.values() for sample in rows if sample.task == word]
@@ -239,13 +249,11 @@ def pick_samples(
                     fail(f"--tasks {word} --lengths {length}: {error}", "give a greater length")
         else:
             known = ", ".join([*bundled, *(name for name in generators.available() if name not in bundled)])
-            fail(f"no task is called {word!r}", f"choose among: {known}; or give FILE.jsonl[.gz] or text:FILE")
-    if not out:
-        fail("there is no question to ask", "check --tasks and --lengths against the lengths in the file")
+            fail(f"--tasks: no task is called {word!r}", f"choose among: {known}; or give FILE.jsonl[.gz] or text:FILE")
     seen: set[str] = set()
     twice = next((s.id for s in out if s.id in seen or seen.add(s.id)), None)  # type: ignore[func-returns-value]
     if twice is not None:
-        fail(f"two questions have the id {twice!r}", "give every question an id of its own, or none")
+        fail(f"--tasks: two questions have the id {twice!r}", "give every question an id of its own, or none")
     return first(out, limit)
 
 
@@ -298,14 +306,19 @@ def _foreign_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def load_records(path: Path, *, mend: bool = False) -> list[Record]:
-    """The lines that --out wrote. A last line that was cut off is left out; `mend` takes it out of the file as well."""
+    """The lines that --out wrote. A last line that was cut off is left out; `mend` takes it out of the file as well.
+
+    A cut line begins as all of them do; a file that ends without a newline but is none of ours stays as it is.
+    """
     from kvcompress.evaluate import Record
 
     if not path.is_file():
         fail(f"{path}: no such file", "give a file that `kvcompress eval --out` wrote")
     records = []
     text = path.read_text(errors="replace")
-    lines, is_cut = text.splitlines(), not text.endswith("\n")
+    lines = text.split("\n")
+    is_cut = lines[-1] != "" and (lines[-1].startswith(_OPENING) or _OPENING.startswith(lines[-1]))
+    lines = lines if lines[-1] else lines[:-1]
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record.from_dict(json.loads(line)))
@@ -333,7 +346,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Group:
                         "bytes", "prefill", "decode"):  # fmt: skip
             shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
         for line in own:
-            prefill = None if line["prefill_s"] is None else line["prefill_s"] + line["compress_s"]
+            prefill = None if line["prefill_s"] is None else line["prefill_s"] + (line["compress_s"] or 0)
             perplexity = f"{line['perplexity']:.2f}" if line["perplexity"] < 1e4 else f"{line['perplexity']:.0e}"
             shown.add_row(
                 line["method"],

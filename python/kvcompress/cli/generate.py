@@ -109,10 +109,8 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         text = prompt or ""
     elif str(prompt_file) == "-":
         text = sys.stdin.read()
-    elif prompt_file.is_file():
-        text = prompt_file.read_text()
     else:
-        fail(f"--prompt-file {prompt_file}: no such file", "give a text file, or - for stdin")
+        text = choose.read_text(prompt_file, "--prompt-file", or_else=", or - for stdin")
     if not text:
         fail("the prompt is empty", "give at least one word")
     return text

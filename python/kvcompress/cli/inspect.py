@@ -54,7 +54,7 @@ def inspect(
     chosen: dict[str, Any] = {}
     for words in choose.named(methods, "--methods"):
         name, *settings = words.split(":")
-        chosen[words] = choose.method(name, entries, settings)
+        chosen[words] = choose.method(name, entries, settings, "--methods")
     on = choose.device(device)
     loaded, tokenizer = choose.load_model(model or str(choose.bundled("kvc-mini", "--model")), on, dtype)
     ids, behind = _prompt(tokenizer, prompt_file, task, length, following, bundled=model is None)
@@ -90,9 +90,11 @@ def inspect(
 
         draw(plot, {run["method"]: run["positions"] for run in runs}, len(ids), None)
     if as_json:
-        print_json({"prompt_tokens": len(ids), "next_tokens": len(behind), "runs": runs})
+        visible = None if prompt_file is not None else False
+        print_json({"prompt_tokens": len(ids), "next_tokens": len(behind), "question_visible": visible, "runs": runs})
     else:
-        print_whole(Group(*(_picture(run, len(ids)) for run in runs)))
+        about = f"the next tokens of {prompt_file}" if prompt_file is not None else "question hidden"
+        print_whole(Group(*(_picture(run, len(ids), about) for run in runs)))
 
 
 def _prompt(
@@ -107,19 +109,19 @@ def _prompt(
         ]
         tokens = encode(sample, tokenizer)
         return tokens.context, [*tokens.question, *tokens.forced][:following]
-    if not file.is_file():
-        fail(f"--prompt-file {file}: no such file", "give a text file")
-    ids = tokenizer(file.read_text())["input_ids"]
+    ids = tokenizer(choose.read_text(file, "--prompt-file"))["input_ids"]
     if len(ids) <= following + 1:
         fail(f"--prompt-file {file} has {len(ids)} tokens", f"give more than the {following} of --next")
     return ids[:-following], ids[-following:]
 
 
-def _picture(run: dict[str, Any], tokens: int) -> Table:
+def _picture(run: dict[str, Any], tokens: int, about: str) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title=f"{run['parameters'] or run['method']}: {size(run['bytes'])}", title_justify="left"
     )
-    table.caption = f"error: |A - A'| / |A| of each query head's output, 0 green to 1 red; scorer: {run['scorer']}"
+    table.caption = (
+        f"error: |A - A'| / |A| of each query head's output, 0 green to 1 red; {about}; scorer: {run['scorer']}"
+    )
     for heading in ("layer", "entries", "error of each head", "mean", f"kept positions, 0 to {tokens}"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("layer", "entries", "mean") else "left")
     for layer, (error, entries, positions) in enumerate(zip(run["error"], run["entries"], run["positions"])):

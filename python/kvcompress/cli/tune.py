@@ -50,8 +50,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")] = False,
 ) -> None:
     """Find the smallest cache under a loss bound, over methods, budgets and layer splits."""
-    if max_loss < 0:
-        fail(f"--max-loss {max_loss} is negative", "give a bound like 0.01")
+    if not 0 <= max_loss < float("inf"):
+        fail(f"--max-loss {max_loss} is not a bound: it must be 0 or more", "give one like 0.01")
     if out is not None and out.suffix != ".json":
         fail(
             f"--out {out} does not end in .json", "profiles are known by that ending, as in generate --method FILE.json"
@@ -82,6 +82,12 @@ def tune(
             batch=batch, on_round=on_round, on_step=lambda n: progress.advance(bar, n),
         )  # fmt: skip
     front = pareto(points)
+    if metric == "accuracy" and points[0].accuracy == 0:
+        notes().print(
+            "The full cache answers none of these questions right, so no accuracy can be lost and any cache is under the bound; "
+            "--metric kl bounds how far the model's own words change.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     about = {
         "model": path,
         "metric": metric,
@@ -98,7 +104,7 @@ def tune(
         shown = {"found": found, "pareto": [_plain(p) for p in front], "points": [_plain(p) for p in points]}
         print_json({**about, "profile": str(out) if out and best else None, **shown})
     else:
-        print_whole(_table(points, front, best, metric))
+        print_whole(_table(points, front, best, metric, visible))
         if best is None:
             results().print(f"No cache is under the bound of {max_loss}; the full one is the answer.", highlight=False)
         elif out is not None:
@@ -111,7 +117,7 @@ def _make(name: str, share: float) -> Any:
     words, *settings = name.split(":")
     if words == "full":
         fail("full is what the others are compared with", "leave it out of --methods")
-    return choose.method(words, share, settings)
+    return choose.method(words, share, settings, "--methods")
 
 
 def _plain(point: Any) -> dict[str, Any]:
@@ -119,8 +125,9 @@ def _plain(point: Any) -> dict[str, Any]:
     return {**{name: getattr(point, name) for name in names}, "parameters": str(point.method or "")}
 
 
-def _table(points: Any, front: Any, best: Any, metric: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="all points, smallest first; * is on the Pareto front")
+def _table(points: Any, front: Any, best: Any, metric: str, visible: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.title = f"question {'visible' if visible else 'hidden'}: all points, smallest first; * is on the Pareto front"
     table.caption = "The bound holds on the calibration questions; the interval says how far these can tell."
     for heading in ("", "method", "budget", "bytes", "kept", f"loss ({metric})", "accuracy", "95 %"):
         table.add_column(heading, justify="left" if heading in ("", "method") else "right")

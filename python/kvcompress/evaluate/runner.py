@@ -51,7 +51,8 @@ class Record:
         end_entries: held when the last token of the answer was predicted: what was fed came on top, unless it was evicted again.
         bytes: of the cache after the cut, without room for new tokens: K, V, positions, and what the method keeps beside them.
         prefill_s, compress_s, decode_s: seconds to read the prompt, to compress it, and for each decoded token; None where
-            not measured.
+            not measured. Of a model with other layers besides, every method reads the prompt anew and compresses it meanwhile:
+            all of that is prefill_s.
         scorer: what the choice was based on.
     """
 
@@ -288,15 +289,17 @@ class _Run:
         prefill_s: float | None,
     ) -> list[Record]:
         """Questions to one candidate. `full` is what the full cache says of each answer, see `_at_once`."""
+        room, timed = max(question.fed(visible) for _, question in asked), prefill_s is not None
         started = _now(self.model)
-        room = max(question.fed(visible) for _, question in asked)
-        cache = prompts.compress(candidate.method, reserve=room, fresh=prefill_s is not None)
-        compress_s = None if prefill_s is None else _now(self.model) - started
+        cache = prompts.compress(candidate.method, reserve=room, fresh=timed)
+        compress_s = _now(self.model) - started if timed else None
+        if timed and not self._in_batches:
+            prefill_s, compress_s = compress_s, None
         rows, questions = [row for row, _ in asked], [question for _, question in asked]
         scorers = {row: cache.scorer(row) for row in set(rows)}
         sizes = {row: (*size, scorers[row]) for row, size in _sizes(cache, sorted(scorers)).items()}
         cache, decode_s = _picked(cache, rows), None
-        if prefill_s is not None or _evicts(cache):
+        if timed or _evicts(cache):
             logits, held, decode_s = _step_by_step(self.model, cache, questions, visible)
         else:
             logits = _at_once(self.model, cache, questions, visible)
@@ -322,7 +325,7 @@ class _Run:
                     bytes=nbytes,
                     prefill_s=prefill_s,
                     compress_s=compress_s,
-                    decode_s=None if prefill_s is None else decode_s,
+                    decode_s=decode_s if timed else None,
                     scorer=scorer,
                 )
             )

@@ -88,7 +88,7 @@ def read_samples(path: str | PathLike[str]) -> list[Sample]:
     file = Path(path)
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = data.decode().split("\n")
+        lines = data.decode("utf-8-sig").split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     known = {field.name for field in fields(Sample)}
@@ -98,6 +98,8 @@ def read_samples(path: str | PathLike[str]) -> list[Sample]:
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("it is not a JSON object")
             if lacks := [name for name in ("context", "question", "answer_prefix", "answer") if name not in row]:
                 raise ValueError(f"it lacks {', '.join(lacks)}")
             row.setdefault("id", f"{file.name}-{number}")
@@ -105,7 +107,7 @@ def read_samples(path: str | PathLike[str]) -> list[Sample]:
             row.setdefault("task", file.name.split(".")[0])
             row.setdefault("length", 0)
             samples.append(_checked(Sample(**{name: row[name] for name in known & row.keys()})))
-        except (AttributeError, TypeError, KeyError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{file}: line {number} is no sample ({error}); see models/tasks/README.md") from None
     return [_located(sample) for sample in samples]
 
@@ -114,8 +116,10 @@ def _checked(sample: Sample) -> Sample:
     for name in ("id", "context_id", "task", "context", "question", "answer_prefix", "answer", "start", "end"):
         if not isinstance(getattr(sample, name), str):
             raise ValueError(f"{name} must be a text, got {getattr(sample, name)!r}")
-    if not isinstance(sample.length, int):
+    if type(sample.length) is not int or sample.length < 0:
         raise ValueError(f"length must be a number of tokens, got {sample.length!r}")
+    if sample.depth is not None and (type(sample.depth) not in (int, float) or not 0 <= sample.depth <= 1):
+        raise ValueError(f"depth must be null or between 0 and 1, got {sample.depth!r}")
     for name in ("context", "answer"):
         if not getattr(sample, name):
             raise ValueError(f"{name} must not be empty")

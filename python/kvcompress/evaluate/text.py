@@ -17,6 +17,8 @@ def text_samples(path: Path, tokenizer: Any, *, length: int, count: int, answer:
     continuation is the model's first choice, which hardly ever happens. A long continuation is the task for methods that
     evict while decoding: it is fed token by token, and `end_entries` says what the cache held at its end.
     """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path}: the tokenizer must be a fast one, which says where in the text its tokens begin")
     text = path.read_text(errors="replace")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in encoded["offset_mapping"]]
