@@ -192,6 +192,32 @@ def test_a_model_without_tokenizer(refused, checkpoint, tmp_path):  # noqa: F811
     assert "has no tokenizer that loads" in refused("eval", "--model", tmp_path, "--device", "cpu")
 
 
+def test_models_that_cannot_do_what_is_asked(refused, checkpoint, tmp_path):  # noqa: F811
+    """Said before any work, with the name of what does not go; no file is begun."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config
+
+    def saved(name, config):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / name)
+        return ("--model", tmp_path / name, "--device", "cpu")
+
+    gpt2 = saved("gpt2", GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=512))
+    falcon = saved(
+        "falcon", FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=False)
+    )
+    task, (text, out) = ("--tasks", "passkey", "--lengths"), (tmp_path / "t.txt", tmp_path / "a.jsonl")
+    text.write_text("The grass is green. " * 40)
+    said = refused("eval", *gpt2, "--methods", "snapkv,streaming_llm", *task, "400", "--out", out)
+    assert "--methods streaming_llm: attach: this method moves keys" in said
+    assert not out.exists()
+    for command in (("eval", "--out", out), ("tune", "--max-loss", "1")):
+        assert "the model has learned 512 positions" in refused(*command, *gpt2, "--methods", "snapkv", *task, "700")
+    assert not out.exists()
+    for command in (("inspect", "--methods"), ("generate", "--budget", "0.5", "--method")):
+        assert "the model has learned 512 positions" in refused(*command, "snapkv", *gpt2, "--prompt-file", text)
+    assert "must take registered attention functions" in refused("eval", *falcon)
+
+
 def test_what_is_named_twice_counts_once(run, words):  # noqa: F811
     twice = [{"0.25,100": "0.25,0.250", "1500": "1500,1500"}.get(str(word), word) for word in words]
     shown = json.loads(run(*twice, "--json").stdout)

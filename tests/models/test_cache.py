@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from kvcompress import budget, score, select
 from kvcompress.methods import Method, create
 from kvcompress.models import CompressedCache, attach
+from kvcompress.models.attention import attention
 from kvcompress.pipeline import Pipeline, Stages
 from tests.models.common import BUDGET, CUT_ONCE, NAMES, PROMPT, cache_of, entries, generate, method, padded, prompt
 from tests.models.conftest import SHAPE
@@ -221,12 +222,33 @@ def test_rotations_that_change_with_the_length_are_refused():
         generate(model, cache_of(model, method("snapkv")), prompt(model))
         with pytest.raises(NotImplementedError, match="frequencies .dynamic. change with the length"):
             model(prompt(model), past_key_values=cache_of(model, method("streaming_llm")))
+    with attach(model) as attachment:  # and before anything runs
+        cache_of(model, method("snapkv")).check(attachment)
+        with pytest.raises(NotImplementedError, match="frequencies .dynamic. change with the length"):
+            cache_of(model, method("streaming_llm")).check(attachment)
 
 
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "sliding_window"])
 def test_attention_that_would_be_ignored_is_refused(llama, option):
     with attach(llama), pytest.raises(NotImplementedError, match="which is not supported"):
         llama(prompt(llama), past_key_values=cache_of(llama, None), **{option: 3.0})
+
+
+def test_a_softcap_is_refused_with_other_caches_too(llama):
+    """What stands in for them, "sdpa", cannot do it."""
+    with attach(llama), pytest.raises(NotImplementedError, match="soft-capped logits, which is not supported"):
+        llama(prompt(llama), softcap=3.0)
+
+
+def test_latent_attention_is_refused(llama):
+    """A layer that caches something else than the keys that it attends over."""
+    module, cache = llama.model.layers[0].self_attn, cache_of(llama, None)
+    key, query = (torch.randn(1, heads, 20, 16, device=llama.device) for heads in (2, 4))
+    with attach(llama):
+        cache.update(key, key, 0)
+        with pytest.raises(NotImplementedError, match="other keys than it gives the cache .latent attention."):
+            attention(module, query, key.clone(), key, None)
+        attention(module, query, key, key, None)  # its own are still taken
 
 
 def test_custom_masks_are_refused(llama):

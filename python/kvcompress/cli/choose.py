@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kvcompress.methods import Method
 
 __all__ = [
-    "bundled", "device", "load_model", "method", "named", "parameters", "parse_budget", "read_text", "refused", "writable",
+    "bundled", "device", "fits", "load_model", "method", "named", "parameters", "parse_budget", "read_text", "refused", "room",
+    "writable",
 ]  # fmt: skip
 
 
@@ -187,6 +188,27 @@ def refused() -> Iterator[None]:
         fail(str(error), "choose another method, or a model whose layers attend in full")
 
 
+def fits(model: Any, chosen: Mapping[str, Method | None], option: str) -> None:
+    """Ends the command before its work where the model cannot give what a method wants of it."""
+    from kvcompress.models import CompressedCache, attach
+
+    with attach(model) as attachment:
+        for name, built in chosen.items():
+            try:
+                CompressedCache(model.config, built).check(attachment)
+            except (NotImplementedError, ValueError) as error:
+                fail(f"{option} {name}: {error}", "leave it out, or choose another model")
+
+
+def room(model: Any) -> int | None:
+    """Most tokens of a prompt and its answer: where positions are learned, as many as there are; None: any number."""
+    learned = any(
+        isinstance(module, torch.nn.Embedding) and ("position" in name or "wpe" in name)
+        for name, module in model.named_modules()
+    )
+    return int(model.config.max_position_embeddings) if learned else None
+
+
 def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     """A causal LM and its tokenizer, from a folder or by its hub id."""
     if Path(model).is_dir():
@@ -212,12 +234,16 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
     except (OSError, ValueError) as error:
         _not_loaded(model, error)
-    from kvcompress.models import CompressedCache
+    from kvcompress.models import CompressedCache, attach
 
     try:
         CompressedCache(loaded.config)
+        attach(loaded).detach()
     except (ValueError, NotImplementedError) as error:
-        fail(str(error), "choose a model with layers that attend in full")
+        fail(
+            f"--model {model}: {error}",
+            "choose a model with layers that attend in full, by attention functions that can be set",
+        )
     return loaded.to(on).eval(), tokenizer
 
 

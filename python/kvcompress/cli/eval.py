@@ -105,6 +105,7 @@ def evaluate(
     on = choose.device(device)
     path = model or str(choose.bundled("kvc-mini", "--model"))
     loaded, tokenizer = choose.load_model(path, on, dtype)
+    choose.fits(loaded, {c.name: c.method for c in chosen}, "--methods")
     most = None if every else limit
     asked = (
         pick_samples(
@@ -115,6 +116,7 @@ def evaluate(
             seed=seed,
             bundled_model=model is None,
             answer=answer_tokens,
+            room=choose.room(loaded),
         )
         if named or not foreign
         else []
@@ -128,7 +130,7 @@ def evaluate(
     records = [r for r in held if r.key in wanted]
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    sink = None if out is None else out.open("a")
+    sink = None
     try:
         with choose.refused(), Progress(*columns, console=notes(), transient=True) as progress:
             bar = progress.add_task("asking", total=len(wanted))
@@ -137,7 +139,8 @@ def evaluate(
                 done={r.key for r in records}, on_step=lambda n: progress.advance(bar, n),
             ):  # fmt: skip
                 records.append(record)
-                if sink is not None:
+                if out is not None:
+                    sink = sink or out.open("a")
                     sink.write(json.dumps(record.to_dict()) + "\n")
                     sink.flush()
     finally:
@@ -193,11 +196,11 @@ def candidates(words: str, budgets: str) -> list[Candidate]:
 
 def pick_samples(
     tasks: str | None, lengths: str | None, tokenizer: Any, *, limit: int | None, seed: int, bundled_model: bool,
-    answer: int = 128,
+    answer: int = 128, room: int | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """The questions that the words name: files, texts, bundled tasks, generators."""
+    """The questions that the words name: files, texts, bundled tasks, generators. `room`: see `choose.room`."""
     from kvcompress.evaluate import generators, read_samples
-    from kvcompress.evaluate.tasks import first
+    from kvcompress.evaluate.tasks import encode, first
     from kvcompress.evaluate.text import text_samples
 
     try:
@@ -254,7 +257,15 @@ def pick_samples(
     twice = next((s.id for s in out if s.id in seen or seen.add(s.id)), None)  # type: ignore[func-returns-value]
     if twice is not None:
         fail(f"--tasks: two questions have the id {twice!r}", "give every question an id of its own, or none")
-    return first(out, limit)
+    out = first(out, limit)
+    if room is not None:
+        longest = max(len(tokens.context) + tokens.fed for tokens in (encode(sample, tokenizer) for sample in out))
+        if longest > room:
+            fail(
+                f"--tasks: a question has {longest} tokens, and the model has learned {room} positions",
+                "give smaller --lengths",
+            )
+    return out
 
 
 def _require_lm_eval() -> None:

@@ -59,12 +59,14 @@ def tune(
     if out is not None:
         choose.writable(out, "--out")
     names = choose.named(methods, "--methods")
-    for name in names:
-        _make(name, 0.5)
+    made = {name: _make(name, 0.5) for name in names}
     on = choose.device(device)
     path = model or str(choose.bundled("kvc-mini", "--model"))
     loaded, tokenizer = choose.load_model(path, on, dtype)
-    samples = pick_samples(tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None)
+    choose.fits(loaded, made, "--methods")
+    samples = pick_samples(
+        tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None, room=choose.room(loaded)
+    )
 
     from kvcompress.evaluate.tune import pareto
     from kvcompress.evaluate.tune import tune as search

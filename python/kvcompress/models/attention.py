@@ -43,13 +43,20 @@ def expect(cache: CompressedCache, layer_idx: int, key: Tensor) -> None:
     _expected.layer = (weakref.ref(cache), layer_idx, weakref.ref(key))
 
 
-def _expected_layer(key: Tensor) -> tuple[CompressedCache, int] | None:
+def _expected_layer(module: nn.Module, key: Tensor) -> tuple[CompressedCache, int] | None:
     found = getattr(_expected, "layer", None)
-    if found is None or found[2]() is not key:
+    if found is None:
+        return None
+    cache, layer_idx = found[0](), found[1]
+    if found[2]() is not key:
+        if cache is not None and cache.waits_for(layer_idx) and getattr(module, "layer_idx", None) == layer_idx:
+            raise NotImplementedError(
+                f"kvcompress: {type(module).__name__} attends over other keys than it gives the cache (latent attention), which is "
+                "not supported"
+            )
         return None
     _expected.layer = None
-    cache = found[0]()
-    return None if cache is None else (cache, found[1])
+    return None if cache is None else (cache, layer_idx)
 
 
 def attention(
@@ -68,8 +75,9 @@ def attention(
         slides = {"sliding_window"} if fixed.is_sliding else set()  # its store holds no more than the window
         _refuse(module, dropout, kwargs, allowed=slides)
         return fixed.attend(query, scaling or query.shape[-1] ** -0.5).transpose(1, 2).contiguous(), None
-    found = _expected_layer(key)
+    found = _expected_layer(module, key)
     if found is None:
+        _refuse(module, 0.0, {"softcap": kwargs.get("softcap")})  # "sdpa" cannot either
         mask = _mask_4d(module, query, key, attention_mask, kwargs)
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     _refuse(module, dropout, kwargs)

@@ -168,6 +168,19 @@ class CompressedCache(Cache):
         assert isinstance(layer, CompressedLayer), "only compressed layers announce their attention"
         return layer
 
+    def check(self, attachment: Attachment) -> None:
+        """Asks an attached model for all that the method will want of it, before anything runs.
+
+        Raises:
+            NotImplementedError: what it cannot give.
+        """
+        for layer in self._compressed:
+            self._needs(layer, attachment)
+
+    def waits_for(self, layer_idx: int) -> bool:
+        """Whether the attention of this layer is the next that must come."""
+        return self._waiting == layer_idx
+
     def _needs(self, layer: CompressedLayer, attachment: Attachment | None) -> Tensor | None:
         """What only an attached model can give."""
         rotates = self._pipeline is not None and self._pipeline.stages.attend is not None
