@@ -211,11 +211,18 @@ def test_models_that_cannot_do_what_is_asked(refused, checkpoint, tmp_path):  # 
     assert "--methods streaming_llm: attach: this method moves keys" in said
     assert not out.exists()
     for command in (("eval", "--out", out), ("tune", "--max-loss", "1")):
-        assert "the model has learned 512 positions" in refused(*command, *gpt2, "--methods", "snapkv", *task, "700")
+        assert "more than the 512 positions" in refused(*command, *gpt2, "--methods", "snapkv", *task, "700")
     assert not out.exists()
     for command in (("inspect", "--methods"), ("generate", "--budget", "0.5", "--method")):
-        assert "the model has learned 512 positions" in refused(*command, "snapkv", *gpt2, "--prompt-file", text)
+        assert "more than the 512 positions" in refused(*command, "snapkv", *gpt2, "--prompt-file", text)
     assert "must take registered attention functions" in refused("eval", *falcon)
+    few = saved("few", GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2))
+    said = refused("eval", *few, "--methods", "snapkv", *task, "400")
+    assert "--tasks: the tokenizer gives token" in said
+    assert "and the model embeds 40" in said
+    weights = tmp_path / "few" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "few did not load: Error while deserializing" in refused("eval", *few)
 
 
 def test_what_is_named_twice_counts_once(run, words):  # noqa: F811

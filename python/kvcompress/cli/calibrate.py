@@ -84,9 +84,7 @@ def calibrate(
     on = choose.device(device)
     path = model or str(choose.bundled("kvc-mini", "--model"))
     loaded, tokenizer = choose.load_model(path, on, dtype)
-    samples = pick_samples(
-        tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None, room=choose.room(loaded)
-    )
+    samples = pick_samples(tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None, model=loaded)
     about = {"model": path, "revision": getattr(loaded.config, "_commit_hash", None), "questions": len(samples)}
     about["question_visible"] = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kvcompress.methods import Method
 
 __all__ = [
-    "bundled", "device", "fits", "load_model", "method", "named", "parameters", "parse_budget", "read_text", "refused", "room",
-    "writable",
+    "bundled", "device", "fits", "load_model", "method", "named", "parameters", "parse_budget", "read_text", "refused",
+    "takes", "writable",
 ]  # fmt: skip
 
 
@@ -200,13 +200,28 @@ def fits(model: Any, chosen: Mapping[str, Method | None], option: str) -> None:
                 fail(f"{option} {name}: {error}", "leave it out, or choose another model")
 
 
-def room(model: Any) -> int | None:
-    """Most tokens of a prompt and its answer: where positions are learned, as many as there are; None: any number."""
+def takes(model: Any, tokenizer: Any, prompts: Iterable[Sequence[int]], option: str, *, new: int = 0) -> None:
+    """Ends the command before its work where a prompt and `new` tokens do not go into the model: learned positions end, as rotary
+    ones do not, and a tokenizer of another model has tokens of its own."""
     learned = any(
         isinstance(module, torch.nn.Embedding) and ("position" in name or "wpe" in name)
         for name, module in model.named_modules()
     )
-    return int(model.config.max_position_embeddings) if learned else None
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if not learned and len(tokenizer) <= embedded:
+        return
+    for ids in prompts:
+        if learned and len(ids) + new > model.config.max_position_embeddings:
+            fail(
+                f"{option}: {len(ids) + new} tokens are more than the {model.config.max_position_embeddings} positions that the model "
+                "has learned",
+                "give less text, or another model",
+            )
+        if max(ids) >= embedded:
+            fail(
+                f"{option}: the tokenizer gives token {max(ids)}, and the model embeds {embedded}",
+                "put the model's own tokenizer into its folder",
+            )
 
 
 def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
@@ -217,6 +232,7 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         fail(f"--model {model}: no such folder", "give a folder with config.json, or a hub id like org/name")
     try:
+        import safetensors
         import transformers
     except ModuleNotFoundError:
         fail("transformers is not installed", "pip install 'kvcompress[hf]'")
@@ -228,11 +244,15 @@ def load_model(model: str, on: torch.device, dtype: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         if Path(model).is_dir():
-            fail(f"--model {model} has no tokenizer that loads", "put one there with tokenizer.save_pretrained(FOLDER)")
+            reason = str(error).strip().splitlines()[0]
+            fail(
+                f"--model {model} has no tokenizer that loads: {reason}",
+                "put one there with tokenizer.save_pretrained(FOLDER)",
+            )
         _not_loaded(model, error)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         _not_loaded(model, error)
     from kvcompress.models import CompressedCache, attach
 

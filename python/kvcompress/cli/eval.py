@@ -116,7 +116,7 @@ def evaluate(
             seed=seed,
             bundled_model=model is None,
             answer=answer_tokens,
-            room=choose.room(loaded),
+            model=loaded,
         )
         if named or not foreign
         else []
@@ -196,9 +196,9 @@ def candidates(words: str, budgets: str) -> list[Candidate]:
 
 def pick_samples(
     tasks: str | None, lengths: str | None, tokenizer: Any, *, limit: int | None, seed: int, bundled_model: bool,
-    answer: int = 128, room: int | None = None,
+    answer: int = 128, model: Any = None,
 ) -> list[Sample]:  # fmt: skip
-    """The questions that the words name: files, texts, bundled tasks, generators. `room`: see `choose.room`."""
+    """The questions that the words name: files, texts, bundled tasks, generators. `model` is to take them."""
     from kvcompress.evaluate import generators, read_samples
     from kvcompress.evaluate.tasks import encode, first
     from kvcompress.evaluate.text import text_samples
@@ -258,13 +258,9 @@ def pick_samples(
     if twice is not None:
         fail(f"--tasks: two questions have the id {twice!r}", "give every question an id of its own, or none")
     out = first(out, limit)
-    if room is not None:
-        longest = max(len(tokens.context) + tokens.fed for tokens in (encode(sample, tokenizer) for sample in out))
-        if longest > room:
-            fail(
-                f"--tasks: a question has {longest} tokens, and the model has learned {room} positions",
-                "give smaller --lengths",
-            )
+    if model is not None:
+        told = (encode(sample, tokenizer) for sample in out)
+        choose.takes(model, tokenizer, ([*t.context, *t.question, *t.forced[:-1]] for t in told), "--tasks")
     return out
 
 

@@ -64,12 +64,7 @@ def generate(
     choose.fits(loaded, {method: chosen}, "--method")
     inputs = tokenizer(text, return_tensors="pt").to(on)
     tokens = inputs["input_ids"].shape[1]
-    room = choose.room(loaded)
-    if room is not None and tokens + max_new_tokens - 1 > room:
-        fail(
-            f"the prompt has {tokens} tokens and --max-new-tokens is {max_new_tokens}; the model has learned {room} positions",
-            "give a shorter prompt, or fewer new tokens",
-        )
+    choose.takes(loaded, tokenizer, inputs["input_ids"].tolist(), "the prompt", new=max_new_tokens - 1)
     cache = CompressedCache(loaded.config, chosen, chunked_prefill=chunk is not None)
     stream = Stream()
     chunks = 1 if chunk is None else -(-tokens // chunk)

@@ -58,9 +58,7 @@ def inspect(
     on = choose.device(device)
     loaded, tokenizer = choose.load_model(model or str(choose.bundled("kvc-mini", "--model")), on, dtype)
     choose.fits(loaded, chosen, "--methods")
-    ids, behind = _prompt(
-        tokenizer, prompt_file, task, length, following, bundled=model is None, room=choose.room(loaded)
-    )
+    ids, behind = _prompt(loaded, tokenizer, prompt_file, task, length, following, bundled=model is None)
 
     from kvcompress.evaluate.fidelity import attention_error
     from kvcompress.evaluate.reading import Reading, replayable
@@ -101,32 +99,21 @@ def inspect(
 
 
 def _prompt(
-    tokenizer: Any,
-    file: Path | None,
-    task: str | None,
-    length: int,
-    following: int,
-    *,
-    bundled: bool,
-    room: int | None,
+    model: Any, tokenizer: Any, file: Path | None, task: str | None, length: int, following: int, *, bundled: bool
 ) -> tuple[list[int], list[int]]:
     """The tokens that are compressed, and those that follow."""
     if file is None:
         from kvcompress.evaluate.tasks import encode
 
         sample = pick_samples(
-            task or "niah_multikey", str(length), tokenizer, limit=1, seed=0, bundled_model=bundled, room=room
+            task or "niah_multikey", str(length), tokenizer, limit=1, seed=0, bundled_model=bundled, model=model
         )[0]
         tokens = encode(sample, tokenizer)
         return tokens.context, [*tokens.question, *tokens.forced][:following]
     ids = tokenizer(choose.read_text(file, "--prompt-file"))["input_ids"]
     if len(ids) <= following + 1:
         fail(f"--prompt-file {file} has {len(ids)} tokens", f"give more than the {following} of --next")
-    if room is not None and len(ids) > room:
-        fail(
-            f"--prompt-file {file} has {len(ids)} tokens, and the model has learned {room} positions",
-            "give a shorter text",
-        )
+    choose.takes(model, tokenizer, [ids], f"--prompt-file {file}")
     return ids[:-following], ids[-following:]
 
 

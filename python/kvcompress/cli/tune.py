@@ -64,9 +64,7 @@ def tune(
     path = model or str(choose.bundled("kvc-mini", "--model"))
     loaded, tokenizer = choose.load_model(path, on, dtype)
     choose.fits(loaded, made, "--methods")
-    samples = pick_samples(
-        tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None, room=choose.room(loaded)
-    )
+    samples = pick_samples(tasks, lengths, tokenizer, limit=limit, seed=seed, bundled_model=model is None, model=loaded)
 
     from kvcompress.evaluate.tune import pareto
     from kvcompress.evaluate.tune import tune as search
