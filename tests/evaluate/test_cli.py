@@ -69,6 +69,12 @@ def test_table_plot_resume_and_compare(run, words, tmp_path):  # noqa: F811
     assert verdicts(cut) == verdicts(out)
     assert len(cut.read_text().splitlines()) == 5 * 4
 
+    whole = cut.read_text()
+    other = run(*words, "--question-visible", "--out", cut, "--resume", "--dtype", "bfloat16")
+    assert other.exit_code == 2
+    assert "float32, this run of" in other.stderr
+    assert cut.read_text() == whole
+
     result = run("eval", "--compare", out, cut, "--json")
     assert result.exit_code == 0, result.output
     compared = json.loads(result.stdout)["runs"]

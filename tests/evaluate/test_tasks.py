@@ -94,5 +94,11 @@ def test_text(tmp_path, mini):
         tokens = encode(sample, mini[1])
         assert abs(len(tokens.context) - 172) <= 1
         assert abs(len(tokens.answer) - 128) <= 1
+    others = [
+        *text_samples(tmp_path / "t.txt", mini[1], length=300, count=2),
+        *text_samples(tmp_path / "t.txt", mini[1], length=300, count=3, answer=64),
+    ]
+    known = {sample.id: sample for sample in samples}
+    assert all(known[sample.id] == sample for sample in others if sample.id in known)  # resumed, one id is one question
     with pytest.raises(ValueError, match="must have at least"):
         text_samples(tmp_path / "t.txt", mini[1], length=10**6, count=1)

@@ -28,7 +28,7 @@ _LONG = 100  # tokens of question and answer from which on the table says what a
 _ABOUT = """accuracy: mean over tasks with its interval over contexts; as full: the same first choice as the full cache.
 question visible: the compressed prompt held the question, so a scorer could look for its answer; hidden: it did not.
 Figures of the two kinds are not comparable. Bytes are K, V and positions as held; prefill includes compression."""
-_OPENING = '{"method": '  # of every line of --out
+_OPENING = '{"model": '  # of every line of --out
 _SHORTEST = 16  # tokens that are a context and a question at all
 _BUNDLED = {2048: "tasks/shared_2048.jsonl.gz", 4096: "tasks/shared_4096.jsonl.gz"}
 
@@ -125,7 +125,8 @@ def evaluate(
     from kvcompress.evaluate import evaluate as run
     from kvcompress.evaluate.metrics import means, summarise
 
-    held = load_records(out, mend=True) if resume and out is not None and out.exists() else []
+    of = {"model": path, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    held = load_records(out, mend=True, of=of) if resume and out is not None and out.exists() else []
     wanted = {(str(c), c.budget, s.id, mode) for c in chosen for s in asked for mode in modes}
     records = [r for r in held if r.key in wanted]
     started = time.perf_counter()
@@ -141,7 +142,7 @@ def evaluate(
                 records.append(record)
                 if out is not None:
                     sink = sink or out.open("a")
-                    sink.write(json.dumps(record.to_dict()) + "\n")
+                    sink.write(json.dumps({**of, **record.to_dict()}) + "\n")
                     sink.flush()
     finally:
         if sink is not None:
@@ -157,9 +158,8 @@ def evaluate(
     if as_json:
         print_json(
             {
-                "model": path,
+                **of,
                 "device": str(on),
-                "dtype": str(loaded.dtype).removeprefix("torch."),
                 "questions": len(asked),
                 "wall_s": time.perf_counter() - started,
                 "runs": summarise(records),
@@ -312,8 +312,10 @@ def _foreign_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
-def load_records(path: Path, *, mend: bool = False) -> list[Record]:
-    """The lines that --out wrote. A last line that was cut off is left out; `mend` takes it out of the file as well.
+def load_records(path: Path, *, mend: bool = False, of: Mapping[str, str] | None = None) -> list[Record]:
+    """The lines that --out wrote, of this model and dtype if they are given.
+
+    A last line that was cut off is left out; `mend` takes it out of the file as well.
 
     A cut line begins as all of them do; a file that ends without a newline but is none of ours stays as it is.
     """
@@ -328,10 +330,18 @@ def load_records(path: Path, *, mend: bool = False) -> list[Record]:
     lines = lines if lines[-1] else lines[:-1]
     for number, line in enumerate(lines, 1):
         try:
-            records.append(Record.from_dict(json.loads(line)))
+            row = json.loads(line)
+            records.append(Record.from_dict(row))
         except (KeyError, TypeError, ValueError):
             if number < len(lines) or not is_cut:
                 fail(f"{path}: line {number} is no record", "give a file that `kvcompress eval --out` wrote")
+            continue
+        if of is not None and any(row.get(name) != value for name, value in of.items()):
+            was, now = (", ".join(str(x.get(name)) for name in of) for x in (row, of))
+            fail(
+                f"{path}: line {number} is of {was}, this run of {now}",
+                "go on with the same model, or give another file",
+            )
     if mend and lines and is_cut:
         path.write_text("".join(f"{line}\n" for line in lines[: len(records)]))
     return records

@@ -31,7 +31,7 @@ def text_samples(path: Path, tokenizer: Any, *, length: int, count: int, answer:
         first = number * (len(starts) - length) // max(1, min(count, most) - 1) if number else 0
         cut = starts[first + length - behind]
         end = starts[first + length] if first + length < len(starts) else len(text)
-        own = f"text-{path.name}-{length}-{number}"
+        own = f"text-{path.name}-{length}-{behind}-{first}"  # whatever `count` was
         samples.append(
             Sample(
                 own,
