@@ -58,6 +58,13 @@ def test_answers_of_hundreds_of_tokens(task, mini):
     assert mini[1].decode(tokens.prefix) == ":"
 
 
+@pytest.mark.parametrize("task", ["long_list", "pairs_again"])
+def test_lengths_with_more_keys_than_names(task, mini):
+    (sample,) = generators.generate(task, mini[1], length=720_000, count=1)
+    keys = [line.split(": ")[0] for line in sample.answer.split(", ")]
+    assert len(keys) == len(set(keys)) > 5612  # adjectives times nouns
+
+
 def test_a_length_too_short_for_the_facts_is_refused(mini):
     with pytest.raises(ValueError, match="length must leave room for 8 facts"):
         generators.generate("niah_multiquery", mini[1], length=90, count=1)

@@ -144,10 +144,12 @@ def _prose(source: random.Random) -> Callable[[], str]:
 
 
 def _keys(source: random.Random, count: int) -> list[str]:
-    """Different made-up names like "amber-falcon"."""
+    """Different made-up names like "amber-falcon"; with a number behind where there are too few of these."""
     names: dict[str, None] = {}
+    numbers = 2 * count // (len(ADJECTIVES) * len(NOUNS))
     while len(names) < count:
-        names[f"{source.choice(ADJECTIVES)}-{source.choice(NOUNS)}"] = None
+        name = f"{source.choice(ADJECTIVES)}-{source.choice(NOUNS)}"
+        names[f"{name}-{source.randrange(10 * numbers)}" if numbers else name] = None
     return list(names)
 
 
