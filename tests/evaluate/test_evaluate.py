@@ -189,7 +189,7 @@ def test_replay_is_the_real_path(mini, samples, name):
         reading.extended([5, 6, 7]).compress(method)
         ours, again = reading.compress(method), reading.compress(method)
         real = compress_directly(model, tokens.context, method)
-        for layer in range(reading.num_layers):
+        for layer in reading.layers:
             assert torch.equal(ours.positions(layer), again.positions(layer))
             a, b = ours.positions(layer), real.positions(layer)
             assert a.shape == b.shape

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from kvcompress import budget, methods
 from kvcompress.evaluate.fidelity import attention_error
-from kvcompress.evaluate.reading import Reading
+from kvcompress.evaluate.reading import Reading, compress_directly
 from kvcompress.evaluate.tune import SHARES, Point, pareto
 from kvcompress.models import CompressedCache, attach
 from tests.cli.conftest import refused, run  # noqa: F401
@@ -47,6 +48,33 @@ def test_attention_error_against_plain_softmax(random_model, name):
             assert abs(errors[0, 2, head] - wanted) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "squeeze_attention", "laq"])
+def test_readings_of_hybrid_models(name):
+    """What is read once is what the model itself gives each method, and goes on as it would; sliding layers are left out."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=32, attn_logit_softcapping=None, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids, behind = [3 + 7 * i % 290 for i in range(120)], [5, 9, 11]
+    method = methods.create(name, budget=40)
+    with attach(model), torch.inference_mode():
+        reading = Reading(model, ids, [method], queries=len(behind))
+        assert reading.layers == [1, 3, 5]
+        cache, whole, own = reading.compress(method), reading.compress(None), compress_directly(model, ids, method)
+        assert all(torch.equal(cache.positions(i), own.positions(i)) for i in reading.layers)
+        errors = attention_error(reading, [cache, whole], behind)
+        ahead, anew = reading.extended(behind), Reading(model, [*ids, *behind], [method], queries=len(behind))
+        for i in reading.layers:
+            for mine, theirs in zip(ahead.layer(i), anew.layer(i)):
+                torch.testing.assert_close(mine[:, :, -len(theirs[0, 0]) :], theirs, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="ids must be one prompt where layers do not attend in full, got 2"):
+            Reading(model, [ids, ids], [method])
+    assert errors.shape == (2, 3, 2)
+    assert errors[1].max() < 1e-5 < errors[0].min()
+
+
 def test_inspect(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     words = (
         "inspect",
@@ -64,6 +92,7 @@ def test_inspect(run, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     shown = json.loads(result.stdout)
     assert shown["question_visible"] is False
     cut, full = shown["runs"]
+    assert cut["layers"] == [0, 1, 2]
     assert len(cut["error"]) == 3
     assert len(cut["error"][0]) == 4
     assert max(map(max, full["error"])) < 1e-5 < cut["mean_error"]

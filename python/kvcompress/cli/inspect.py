@@ -61,11 +61,9 @@ def inspect(
     ids, behind = _prompt(loaded, tokenizer, prompt_file, task, length, following, bundled=model is None)
 
     from kvcompress.evaluate.fidelity import attention_error
-    from kvcompress.evaluate.reading import Reading, replayable
+    from kvcompress.evaluate.reading import Reading
     from kvcompress.models import attach
 
-    if not replayable(loaded.config):
-        fail("the model has layers that do not attend in full", "inspect looks at models whose layers all do")
     with choose.refused(), attach(loaded), torch.inference_mode():
         reading = Reading(loaded, ids, [m for m in chosen.values() if m is not None], queries=len(behind))
         caches = [reading.compress(method) for method in chosen.values()]
@@ -80,6 +78,7 @@ def inspect(
                 "budget": entries,
                 "error": [[round(value, 6) for value in row] for row in error.tolist()],
                 "mean_error": error.mean().item(),
+                "layers": [layer.layer for layer in stats.layers],
                 "entries": [sum(layer.entries) / len(layer.entries) for layer in stats.layers],
                 "bytes": stats.nbytes,
                 "scorer": stats.layers[0].scorer,
@@ -126,7 +125,7 @@ def _picture(run: dict[str, Any], tokens: int, about: str) -> Table:
     )
     for heading in ("layer", "entries", "error of each head", "mean", f"kept positions, 0 to {tokens}"):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("layer", "entries", "mean") else "left")
-    for layer, (error, entries, positions) in enumerate(zip(run["error"], run["entries"], run["positions"])):
+    for layer, error, entries, positions in zip(run["layers"], run["error"], run["entries"], run["positions"]):
         cells = Text()
         for value in error:
             cells.append(f"{value:4.2f}", style=f"black on {_colour(value)}")

@@ -89,8 +89,8 @@ def head_change(model: Any, prompts: Sequence[Sequence[int]], *, on_step: Step =
     with attach(model):
         for ids in read:
             reading = Reading(model, ids, [watched], queries=len(ids))
-            heads.append(torch.stack([_change(reading, i) for i in range(reading.num_layers)]).double().cpu())
-            layers.append(torch.stack([_turn(reading, i) for i in range(reading.num_layers)]).double().cpu())
+            heads.append(torch.stack([_change(reading, i) for i in reading.layers]).double().cpu())
+            layers.append(torch.stack([_turn(reading, i) for i in reading.layers]).double().cpu())
             on_step(1)
     rows = torch.einsum("p,plh->lh", weight, torch.stack(heads)).clamp_min(0).tolist()
     turns = torch.einsum("p,pl->l", weight, torch.stack(layers)).clamp_min(0).tolist()
@@ -100,7 +100,8 @@ def head_change(model: Any, prompts: Sequence[Sequence[int]], *, on_step: Step =
 def _change(reading: Reading, layer_idx: int) -> torch.Tensor:
     """``[kv heads]`` of one layer and prompt."""
     queries, keys, values = reading.layer(layer_idx)
-    state = LayerState(layer_idx, reading.num_layers, queries, keys, values, [keys.shape[2]], reading.softmax_scale)
+    number, scale = len(reading.layers), reading.softmax_scale(layer_idx)
+    state = LayerState(reading.layers.index(layer_idx), number, queries, keys, values, [keys.shape[2]], scale)
     output = score.attention_output(state, queries)[0].unflatten(1, (keys.shape[1], -1))
     cosine = F.cosine_similarity(output[:, :, :, 1:].float(), values[:, :, None, 1:].float(), dim=-1, eps=1e-8)
     return (1 - cosine).mean((0, 2, 3))

@@ -29,19 +29,20 @@ def attention_error(reading: Reading, caches: Sequence[CompressedCache], followi
         following: the next tokens.
 
     Returns:
-        ``[len(caches), layers, num_q_heads]`` float32.
+        ``[len(caches), layers, num_q_heads]`` float32, of the layers that attend in full.
     """
     [seen], new = reading.lengths, len(following)
     ahead = reading.extended(following)
     errors = []
-    for layer_idx in range(ahead.num_layers):
+    for layer_idx in ahead.layers:
+        scale = ahead.softmax_scale(layer_idx)
         queries, keys, values = ahead.layer(layer_idx)
         if queries.shape[2] < new:
             raise ValueError(
                 f"attention_error: reading must keep at least {new} queries, as there are next tokens, got {queries.shape[2]}"
             )
         queries = queries[:, :, -new:]
-        full = attend(queries, keys, values, softmax_scale=ahead.softmax_scale).float()
+        full = attend(queries, keys, values, softmax_scale=scale).float()
         row = []
         for cache in caches:
             layer = cache.layers[layer_idx]
@@ -49,7 +50,7 @@ def attention_error(reading: Reading, caches: Sequence[CompressedCache], followi
             assert layer.store is not None
             store = deepcopy(layer.store)
             store.append(keys[:, :, seen:], values[:, :, seen:])
-            got = store.attend(queries, softmax_scale=ahead.softmax_scale).float()
+            got = store.attend(queries, softmax_scale=scale).float()
             row.append((full - got).norm(dim=(2, 3)) / full.norm(dim=(2, 3)))
         errors.append(torch.cat(row))
     return torch.stack(errors, 1)

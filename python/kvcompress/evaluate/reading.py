@@ -146,7 +146,7 @@ class _Recorder(CompressedCache):
         return super().attend(layer_idx, query, rows, scale, attachment, attended)
 
     def wants_residual(self, layer_idx: int) -> bool:
-        return self.residual
+        return self.residual and isinstance(self.layers[layer_idx], CompressedLayer)
 
     def observe(self, layer_idx: int, before: Tensor, update: Tensor) -> None:
         held = self.streams.get(layer_idx, (None, None))
@@ -159,9 +159,11 @@ class _Recorder(CompressedCache):
 class Reading:
     """A model's whole cache of some prompts, and what methods look at besides; the model must be attached.
 
+    Layers that do not attend in full keep their own caches, which are handed on as they are.
+
     Args:
-        model: an attached causal LM whose layers all attend in full.
-        ids: the prompt, or several prompts.
+        model: an attached causal LM.
+        ids: the prompt, or several prompts where all layers attend in full.
         methods: which methods will compress it; says how many queries are kept, and whether the residual stream is.
         queries: at least so many queries are kept.
     """
@@ -170,6 +172,10 @@ class Reading:
         self, model: Any, ids: Sequence[int] | Sequence[Sequence[int]], methods: Sequence[Method], *, queries: int = 0
     ) -> None:
         self.model = model
+        if len(_rows(ids)) > 1 and not replayable(model.config):
+            raise ValueError(
+                f"Reading: ids must be one prompt where layers do not attend in full, got {len(_rows(ids))}"
+            )
         pipelines = [Pipeline(method.stages(), 1) for method in methods]
         wanted = min(ALL_QUERIES, max([queries, *(pipeline.queries for pipeline in pipelines)]))
         self._wants = wanted, any(pipeline.wants_residual for pipeline in pipelines)
@@ -205,7 +211,7 @@ class Reading:
         """The last queries ``[batch, num_q_heads, n, head_dim]``, all keys and all values of a layer, padded on the left."""
         if layer_idx not in self._layers:
             layer = self._cache.layers[layer_idx]
-            assert isinstance(layer, CompressedLayer), "readings are of models whose layers all attend in full"
+            assert isinstance(layer, CompressedLayer), "layer_idx is one of layers"
             assert layer.store is not None
             keys, values = layer.store.prompt()
             queries = self._cache.queries[layer_idx]
@@ -219,12 +225,12 @@ class Reading:
         return before, update
 
     @property
-    def num_layers(self) -> int:
-        return len(self._cache.layers)
+    def layers(self) -> list[int]:
+        """The layers that attend in full, which methods compress."""
+        return [i for i, layer in enumerate(self._cache.layers) if isinstance(layer, CompressedLayer)]
 
-    @property
-    def softmax_scale(self) -> float:
-        return self._cache.scales[0]
+    def softmax_scale(self, layer_idx: int) -> float:
+        return self._cache.scales[layer_idx]
 
     def compress(self, method: Method | None, *, reserve: int = 0, fresh: bool = False) -> CompressedCache:
         """A new cache of the prompts, cut by `method`; None keeps every entry. The reading itself stays whole.
@@ -250,7 +256,10 @@ class Reading:
             t = t if all_rows else t.index_select(0, torch.tensor(picked, device=t.device))
             return t.narrow(dim, max(0, t.shape[dim] - longest), min(longest, t.shape[dim]))
 
-        for layer_idx in range(self.num_layers):
+        for layer_idx, layer in enumerate(self._cache.layers):
+            if not isinstance(layer, CompressedLayer):
+                cache.layers[layer_idx] = copy.deepcopy(layer)
+                continue
             queries, keys, values = (mine(t, 2) for t in self.layer(layer_idx))
             cache.update(keys, values, layer_idx)
             scale, attachment = self._cache.scales[layer_idx], self._cache.attachment
@@ -265,9 +274,9 @@ class Reading:
         if key not in held:
             _look_ahead(self.model, cache, self._next, self.lengths)
             layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
-            held[key] = [layer.lookahead for layer in layers]
-        queries = {i: t for i, (t, _) in enumerate(held[key]) if t is not None}
-        cache.take_lookahead(queries, held[key][0][1])
+            held[key] = {layer.layer_idx: layer.lookahead for layer in layers}
+        queries = {i: t for i, (t, _) in held[key].items() if t is not None}
+        cache.take_lookahead(queries, held[key][self.layers[0]][1])
 
 
 def _rows(ids: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
