@@ -193,6 +193,7 @@ DecodeAttentionParams ragged(const char* op, const Tensor& q, const Tensor& k, c
       .lengths = {static_cast<const int32_t*>(lengths.const_data_ptr()), num_kv_heads, 1},
       .num_kv_heads = num_kv_heads,
       .width = max_length,
+      .total = k.size(0),
       .k_row_stride = k.stride(0),
       .v_row_stride = v.stride(0),
       .dtype = dtype,

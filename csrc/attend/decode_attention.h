@@ -140,6 +140,7 @@ struct DecodeAttentionParams {
   int32_t* owners;  // CUDA: [num_rows()][2] scratch: which workers hold partials, see owners_of
   int64_t batch, num_q_heads, num_kv_heads, num_queries, head_dim;
   int64_t width;  // upper bound of the lengths
+  int64_t total;  // ragged: packed rows of k and v
   int64_t max_workers;
   int64_t q_batch_stride, q_head_stride, q_row_stride;  // in elements
   int64_t k_batch_stride, k_head_stride, k_row_stride;  // ragged: the first two are 0

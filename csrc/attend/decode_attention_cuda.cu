@@ -10,21 +10,24 @@
 // statistics of a step over the machine.
 #include "attend/decode_attention.h"
 #include "attend/decode_kernels.cuh"
+#include "device/limits.cuh"
 
 namespace kvc {
 
 void decode_attention_cuda(const DecodeAttentionParams& params, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const bool is_few = decode_few_rows_fits(params);
   DecodeAttentionParams p = params;
-  if (is_few && p.observed.any()) {
-    p.step_logits = p.observed_scratch;
-  } else if (p.observed.any()) {
-    p.logits = p.observed_scratch;
+  const bool is_few = decode_few_rows_fits(p);
+  const bool is_many_sm90a =
+      !is_few && device_limits().major == 9 && decode_many_rows_fits_sm90a(p);
+  if (p.observed.any()) {
+    (is_few || is_many_sm90a ? p.step_logits : p.logits) = p.observed_scratch;
   }
-  const int64_t workers = is_few ? decode_few_rows_cuda(p, on) : decode_many_rows_cuda(p, on);
-  if (is_few && workers > 0 && p.lengths.data == nullptr && !p.observed.any() && !p.fill_logits &&
-      AttendPlan(p.num_rows(), workers).keeps_rows_whole()) {
+  const int64_t workers = is_few          ? decode_few_rows_cuda(p, on)
+                          : is_many_sm90a ? decode_many_rows_sm90a_cuda(p, on)
+                                          : decode_many_rows_cuda(p, on);
+  if ((is_few || is_many_sm90a) && workers > 0 && p.lengths.data == nullptr && !p.observed.any() &&
+      !p.fill_logits && AttendPlan(p.num_rows(), workers).keeps_rows_whole()) {
     return;  // the workers have written all that there is
   }
   decode_merge_cuda(p, workers, on);

@@ -70,17 +70,6 @@ __device__ __forceinline__ uint32_t high_halves(uint32_t x, uint32_t y) {
   return __byte_perm(x, y, 0x7632);
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float x, float y) {
-  const T a = from_float<T>(x), b = from_float<T>(y);
-  return reinterpret_cast<const uint16_t&>(a) |
-         static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(b)) << 16;
-}
-template <typename T>
-__device__ __forceinline__ float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
 // Bytes from one row of K or V to the next; decode_few_rows_fits sees to it that 32 bits do.
 __device__ __forceinline__ uint32_t row_bytes(int64_t row_stride) {
   return static_cast<uint32_t>(row_stride) * 2;
@@ -320,9 +309,9 @@ struct Warp {
     for (int block = 0; block < X::kBlocks; ++block) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float x = p[block][2 * half], y = p[block][2 * half + 1];
-        high[block][half] = transpose_matrix(pack<T>(x, y));
-        low[block][half] = transpose_matrix(pack<T>(x - rounded<T>(x), y - rounded<T>(y)));
+        const SplitPair pair = split<T>(p[block][2 * half], p[block][2 * half + 1]);
+        high[block][half] = transpose_matrix(pair.high);
+        low[block][half] = transpose_matrix(pair.low);
       }
     }
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "attend/decode_attention.h"
+#include "device/dispatch.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
 #include "device/reduce.cuh"
@@ -31,6 +32,25 @@ __device__ __forceinline__ float natural_lse(float highest, float sum) {
 }
 __device__ __forceinline__ float normalised(float total, float sum) {
   return sum == 0 ? 0.0f : total / sum;
+}
+
+// Two numbers of 16 bits; the first in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float x, float y) {
+  const T a = from_float<T>(x), b = from_float<T>(y);
+  return reinterpret_cast<const uint16_t&>(a) |
+         static_cast<uint32_t>(reinterpret_cast<const uint16_t&>(b)) << 16;
+}
+
+// x and y, each as the sum of two numbers of T.
+struct SplitPair {
+  uint32_t high, low;
+};
+template <typename T>
+__device__ __forceinline__ SplitPair split(float x, float y) {
+  const uint32_t high = pack<T>(x, y);
+  const T* rounded = reinterpret_cast<const T*>(&high);
+  return {high, pack<T>(x - to_float(rounded[0]), y - to_float(rounded[1]))};
 }
 
 // Brings the parameters into the constant cache, all lines at a time; each costs some hundred
@@ -211,6 +231,10 @@ __device__ __forceinline__ Owners owners_of(const DecodeAttentionParams& p, uint
 // tensor cores read.
 bool decode_few_rows_fits(const DecodeAttentionParams& params);
 int64_t decode_few_rows_cuda(const DecodeAttentionParams& params, cudaStream_t stream);
+// More rows of such elements, on Hopper: K and V by TMA into a ring in shared memory, products by
+// wgmma.
+bool decode_many_rows_fits_sm90a(const DecodeAttentionParams& params);
+int64_t decode_many_rows_sm90a_cuda(const DecodeAttentionParams& params, cudaStream_t stream);
 // All else: K and V pass through shared memory, where several warps with other rows read them.
 int64_t decode_many_rows_cuda(const DecodeAttentionParams& params, cudaStream_t stream);
 // Adds up the partials, fills logits, observes.

@@ -1,5 +1,5 @@
-// Decode attention for many query rows, for float32 and for rows that are not made of 16-byte
-// units.
+// Decode attention for many query rows on cards other than Hopper, and on all cards for float32,
+// for few rows of head_dim above 128 and for rows that are not made of 16-byte units.
 //
 // Block = one worker: its part of the line of tiles, whichever stores that touches. A tile is cut
 // among the key groups of the block, a group being 1, 2 or 4 warps that share keys and divide the

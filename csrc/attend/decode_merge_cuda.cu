@@ -258,6 +258,56 @@ __device__ __forceinline__ void observe_steps(const DecodeAttentionParams& p, ui
   }
 }
 
+// The sums of all heads of a group alone, of an even number of queries: the logits of two queries
+// lie together. A thread takes an entry of each half of a step at a time, two queries after two.
+template <int kGroup>
+__device__ __forceinline__ void observe_queries(const DecodeAttentionParams& p, uint32_t store,
+                                                uint32_t length, uint32_t begin, uint32_t end,
+                                                float* lse_of) {
+  constexpr uint32_t kKeys = kStepKeys;
+  const int n = static_cast<int>(p.num_queries), pairs = p.rows / 2;
+  const float* weights = p.observed.weights != nullptr ? observed_weights(p, store) : nullptr;
+  float* sums = observed_sums(p, store, 0);
+  const float4* logits =
+      reinterpret_cast<const float4*>(p.step_logits + step_logit(p, store, 0, 0));
+  add_up_lse(p, store, length, lse_of);
+  __syncthreads();
+  const uint32_t last = (end + kKeys - 1) / kKeys * kKeys;
+  for (uint32_t at = begin + threadIdx.x * 2; at < last; at += 2 * kMergeThreads) {
+    const uint32_t j = at / kKeys * kKeys + at % kKeys / 2;  // entries j and j + 8
+    const float4* step = logits + static_cast<uint64_t>(at / kKeys * pairs) * 8;
+    float gain[2] = {0, 0};
+#pragma unroll 1
+    for (int i = 0; i < n; i += 2) {
+      float4 x[kGroup];
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) x[g] = step[(g * n + i) / 2 * 8 + j % 8];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto share = [&](int g, int query) {
+          const float4& y = x[g];
+          const float logit2 = half == 0 ? (query == i ? y.x : y.y) : (query == i ? y.z : y.w);
+          return exp2f(logit2 - lse_of[g * n + query]);
+        };
+#pragma unroll
+        for (int query = i; query < i + 2; ++query) {
+          const float term = observed_term(p, length, j + 8 * half, query, 0, kGroup, share);
+          gain[half] = observed_next(p, gain[half], term);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t entry = j + 8 * half;
+      if (entry >= end) continue;
+      if (weights != nullptr) gain[half] *= weights[entry];
+      sums[entry] = observed_sum(p, gain[half], sums[entry]);
+    }
+    __syncwarp();  // eight lanes have read the lines
+    for (int pair = 0; pair < pairs && threadIdx.x % 8 == 0; ++pair) discard_line(step + pair * 8);
+  }
+}
+
 // In any order and number of queries.
 __device__ __forceinline__ void observe_entries(const DecodeAttentionParams& p, uint32_t store,
                                                 uint32_t length, uint32_t begin, uint32_t end,
@@ -303,6 +353,14 @@ __device__ __forceinline__ void observe(const DecodeAttentionParams& p, const Me
     if (p.q_per_kv == 2) return observe_steps<2, kWhat>(p, store, length, begin, end, lse_of);
     if (p.q_per_kv == 4) return observe_steps<4, kWhat>(p, store, length, begin, end, lse_of);
     if (p.q_per_kv == 8) return observe_steps<8, kWhat>(p, store, length, begin, end, lse_of);
+  }
+  if constexpr (kWhat == Observe::kSums) {
+    if (p.step_logits != nullptr && p.num_queries % 2 == 0) {
+      if (p.q_per_kv == 1) return observe_queries<1>(p, store, length, begin, end, lse_of);
+      if (p.q_per_kv == 2) return observe_queries<2>(p, store, length, begin, end, lse_of);
+      if (p.q_per_kv == 4) return observe_queries<4>(p, store, length, begin, end, lse_of);
+      if (p.q_per_kv == 8) return observe_queries<8>(p, store, length, begin, end, lse_of);
+    }
   }
   observe_entries(p, store, length, begin, end, lse_of);
 }

@@ -17,23 +17,30 @@ constexpr float observed_reduce(GroupReduce reduce, int first, int last, F&& val
   return reduce == GroupReduce::kMean ? all / static_cast<float>(last - first) : all;
 }
 
-// What entry j adds to the sum kept of the query heads [first, last), its weight apart; the old sum
-// counts decay^num_queries.
+// Query i's part of what entry j adds to the sum kept of the query heads [first, last).
+template <typename Share>
+constexpr float observed_term(const DecodeAttentionParams& p, int64_t length, int64_t j, int i,
+                              int first, int last, Share&& share) {
+  if (j >= p.visible(length, i)) return 0;
+  return observed_reduce(p.observed.reduce, first, last, [&](int g) {
+    const float x = share(g, i);
+    return p.observed.power == 2 ? x * x : x;
+  });
+}
+
+// The sum of the terms of queries up to one, from the sum up to the one before.
+constexpr float observed_next(const DecodeAttentionParams& p, float sum, float term) {
+  return p.observed.decay == 0 ? term : sum * p.observed.decay + term;
+}
+
+// What entry j adds, its weight apart; the old sum counts decay^num_queries.
 template <int kQueries = 0, typename Share>
 constexpr float observed_gain(const DecodeAttentionParams& p, int64_t length, int64_t j, int first,
                               int last, Share&& share) {
-  const ObservedParams& o = p.observed;
   const int n = kQueries > 0 ? kQueries : static_cast<int>(p.num_queries);
   float sum = 0;
   for (int i = 0; i < n; ++i) {
-    float term = 0;
-    if (j < p.visible(length, i)) {
-      term = observed_reduce(o.reduce, first, last, [&](int g) {
-        const float x = share(g, i);
-        return o.power == 2 ? x * x : x;
-      });
-    }
-    sum = o.decay == 0 ? term : sum * o.decay + term;
+    sum = observed_next(p, sum, observed_term(p, length, j, i, first, last, share));
   }
   return sum;
 }

@@ -93,7 +93,7 @@ def test_sizes(dtype, num_queries, capacity, device):
 @pytest.mark.parametrize("num_queries", [1, 8])
 def test_lengths(num_queries, device):
     lengths = [0, 1, 2, 7, 8, 9, 63, 64, 65, 500]
-    q, k, v = make(len(lengths), 4, 2, num_queries, 500, 128, torch.bfloat16, device)
+    q, k, v = make(len(lengths), 8, 2, num_queries, 500, 128, torch.bfloat16, device)
     check(q, k, v, lengths=int32(lengths, device))
 
 
@@ -119,9 +119,10 @@ def test_many_stores(num_kv_heads, device):
 
 
 @pytest.mark.parametrize("stores", [120, 132, 135, 264, 500])
-def test_as_many_stores_as_workers(stores, device):
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_as_many_stores_as_workers(stores, num_queries, device):
     """One length for all, and stores enough that a worker has one or more whole ones."""
-    q, k, v = make(1, 2 * stores, stores, 1, 50, 64, torch.bfloat16, device)
+    q, k, v = make(1, 3 * stores, stores, num_queries, 50, 64, torch.bfloat16, device)
     check(q, k, v)
     known = kvcompress.decode_attention(q, k, v)
     found = kvcompress.decode_attention(q, k, v, lengths=int32([50], device))
@@ -133,8 +134,10 @@ def test_far_smaller_than_capacity(device):
     check(q, k, v, lengths=int32([3, 200], device))
 
 
-def test_long(device):
-    q, k, v = make(1, 8, 2, 2, 30_001, 128, torch.bfloat16, device)
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("num_queries", [2, 8])
+def test_long(dtype, num_queries, device):
+    q, k, v = make(1, 8, 1, num_queries, 60_001, 128, dtype, device)
     check(q, k, v)
 
 
@@ -195,8 +198,9 @@ def test_unaligned_views(device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-def test_bitwise_run_to_run(dtype, device):
-    q, k, v = make(2, 8, 2, 2, 3000, 128, dtype, device)
+@pytest.mark.parametrize("num_queries", [2, 8])
+def test_bitwise_run_to_run(dtype, num_queries, device):
+    q, k, v = make(2, 8, 2, num_queries, 3000, 128, dtype, device)
     lengths = int32([3000, 1234], device)
     first = kvcompress.decode_attention(q, k, v, lengths=lengths, return_logits=True)
     for _ in range(5):

@@ -56,10 +56,11 @@ def test_against_float64(dtype, head_dim, q_per_kv, num_queries, device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
-def test_one_head_with_ten_times_the_entries(dtype, device):
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_one_head_with_ten_times_the_entries(dtype, num_queries, device):
     lengths = [1000] * 8
     lengths[3] = 10_000
-    check(*pack(lengths, 4, 1, 128, dtype, device))
+    check(*pack(lengths, 4, num_queries, 128, dtype, device))
 
 
 @pytest.mark.parametrize("lengths", [[0, 0, 0, 5000], [5000, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
@@ -73,11 +74,12 @@ def test_room_for_max_length(device):
     check(q, k, v, start, lengths, softmax_scale=0.4)
 
 
-def test_many_short_heads(device):
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_many_short_heads(num_queries, device):
     """More heads than workers."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(0, 40, (1200,), generator=generator).tolist()
-    check(*pack(lengths, 1, 1, 64, torch.bfloat16, device, batch=4))
+    lengths = torch.randint(0, 200, (1200,), generator=generator).tolist()
+    check(*pack(lengths, 3, num_queries, 64, torch.bfloat16, device, batch=4))
 
 
 def test_as_the_dense_store(device):
