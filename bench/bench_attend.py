@@ -1,4 +1,4 @@
-"""Decode attention of one token, plain and observed, dense and ragged, and the step's eviction; head_dim 128, bfloat16."""
+"""Decode attention of one token and of several, plain and observed, dense and ragged, and the step's eviction; head_dim 128, bfloat16."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from bench.harness import Case, Work
 from tests.cases import HEAD_DIMS
 
 KV_HEADS, DIM = 8, 128
-SHAPES = [  # batch, query heads per kv head, entries a head
-    (1, 4, 1024),
-    (1, 4, 8192),
-    (1, 8, 8192),
-    (1, 4, 32768),
-    (8, 4, 8192),
-    (8, 8, 8192),
-    (8, 4, 32768),
-    (8, 8, 32768),
-    (64, 4, 1024),
+SHAPES = [  # batch, query heads per kv head, entries a head, new tokens
+    (1, 4, 1024, 1),
+    (1, 4, 8192, 1),
+    (1, 8, 8192, 1),
+    (1, 4, 32768, 1),
+    (8, 4, 8192, 1),
+    (8, 8, 8192, 1),
+    (8, 4, 32768, 1),
+    (8, 8, 32768, 1),
+    (64, 4, 1024, 1),
+    (1, 8, 8192, 8),
+    (8, 8, 8192, 8),
 ]
 
 
@@ -44,8 +46,8 @@ class Inputs:
         return self.k.view(-1, DIM), self.v.view(-1, DIM)
 
 
-def inputs(device: torch.device, batch: int, q_per_kv: int, length: int) -> Inputs:
-    q = torch.randn(batch, KV_HEADS * q_per_kv, 1, DIM, device=device, dtype=torch.bfloat16)
+def inputs(device: torch.device, batch: int, q_per_kv: int, length: int, queries: int) -> Inputs:
+    q = torch.randn(batch, KV_HEADS * q_per_kv, queries, DIM, device=device, dtype=torch.bfloat16)
     k, v = (torch.randn(batch, KV_HEADS, length, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))
     share = length * KV_HEADS // (KV_HEADS + 9)
     skewed = torch.tensor([length * KV_HEADS - share * (KV_HEADS - 1)] + [share] * (KV_HEADS - 1)).repeat(batch)
@@ -60,7 +62,7 @@ def inputs(device: torch.device, batch: int, q_per_kv: int, length: int) -> Inpu
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
-    """The query heads of a kv head as query rows, which torch's backends split best."""
+    """The query heads of a kv head as query rows, which torch's backends split best; every new token sees all entries."""
 
     def run(x: Inputs) -> Tensor:
         with sdpa_kernel(backend):
@@ -77,13 +79,13 @@ def ragged(x: Inputs) -> object:
     return kvcompress.ragged_decode_attention(x.q, *x.packed, *x.skewed, max_length=x.longest)
 
 
-def attention(device: torch.device, batch: int, q_per_kv: int, length: int) -> Iterator[Case]:
+def attention(device: torch.device, batch: int, q_per_kv: int, length: int, queries: int) -> Iterator[Case]:
     size = 2 * batch * KV_HEADS * length * DIM * 2
-    label = f"B{batch} {length} entries a head, {q_per_kv} query heads"
-    params = {"batch": batch, "entries": length, "q_per_kv": q_per_kv, "dtype": "bfloat16"}
+    label = f"B{batch} {length} entries a head, {q_per_kv} query heads" + f" x {queries} tokens" * (queries > 1)
+    params = {"batch": batch, "entries": length, "q_per_kv": q_per_kv, "queries": queries, "dtype": "bfloat16"}
 
     def make() -> Inputs:
-        return inputs(device, batch, q_per_kv, length)
+        return inputs(device, batch, q_per_kv, length, queries)
 
     peers = {"torch SDPA": lambda x: F.scaled_dot_product_attention(x.q.view(batch, KV_HEADS, -1, DIM), x.k, x.v)}
     if device.type == "cuda":
@@ -207,8 +209,8 @@ def ranking(device: torch.device, capacity: int, width: int) -> Case:
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     is_short = quick or device.type == "cpu"
-    for batch, q_per_kv, length in SHAPES[1:2] if is_short else SHAPES:
-        yield from attention(device, batch, q_per_kv, length)
+    for shape in SHAPES[1:2] if is_short else SHAPES:
+        yield from attention(device, *shape)
     for batch, capacity in [(1, 1025)] if is_short else [(1, 1025), (8, 1025), (1, 8193)]:
         yield eviction(device, batch, capacity)
     yield ranking(device, 1025, 32)
