@@ -26,9 +26,9 @@ __device__ __forceinline__ void launch_dependents() {
 // Launch(blocks, threads, shared_bytes, stream).cluster(size).early(yes)(op, kernel, arguments...)
 class Launch {
  public:
-  Launch(dim3 blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+  Launch(dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream) {
     config_.gridDim = blocks;
-    config_.blockDim = dim3(threads);
+    config_.blockDim = threads;
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
   }

@@ -26,6 +26,11 @@ inline double most_candidates(double size, double wanted, double samples) {
   return (ranks + 4 * std::sqrt(ranks)) * size / n;
 }
 
+// Room for as many, and for more than hardly any where that costs nothing.
+inline uint32_t candidate_room(double most) {
+  return static_cast<uint32_t>(std::max(std::ceil(most), 6144.0));
+}
+
 // The threshold probably lies in [low, high]; values that many entries of the sample share do not
 // lie between the two. The same in all threads, and in all blocks of a row. Takes clear bins and
 // leaves used ones; all threads have read them.

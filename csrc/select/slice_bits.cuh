@@ -60,4 +60,26 @@ __device__ __forceinline__ uint2 group_bits(const Slice& slice, const SliceBits<
   }
 }
 
+// Writes the positions of a group's kept entries to `out` and returns how many: all above the
+// threshold, and of those equal to it what is left of `ties` behind the `before` of earlier groups,
+// to which this group's are added. A warp, each lane the words of 32 entries, counted from `base`;
+// `staged` has room for the positions of as many as may be set.
+__device__ __forceinline__ uint32_t write_group(uint16_t* staged, uint2 bits, uint32_t ties,
+                                                uint32_t& before, uint32_t base, int32_t* out) {
+  const uint32_t lane = threadIdx.x % kWarp, own_ties = __popc(bits.y);
+  const uint32_t ties_through = before + warp_inclusive_sum(own_ties);
+  const uint32_t ties_left = ties - min(ties, ties_through - own_ties);
+  before = __shfl_sync(0xffffffffu, ties_through, kWarp - 1);
+  uint32_t kept = bits.x | lowest_bits(bits.y, min(own_ties, ties_left));
+  const uint32_t through = warp_inclusive_sum(__popc(kept));
+  for (uint32_t slot = through - __popc(kept); kept != 0; kept &= kept - 1) {
+    staged[slot++] = static_cast<uint16_t>(lane * 32 + __ffs(kept) - 1);
+  }
+  __syncwarp();
+  const uint32_t count = __shfl_sync(0xffffffffu, through, kWarp - 1);
+  for (uint32_t j = lane; j < count; j += kWarp) out[j] = static_cast<int32_t>(base + staged[j]);
+  __syncwarp();
+  return count;
+}
+
 }  // namespace kvc

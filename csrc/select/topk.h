@@ -74,8 +74,8 @@ constexpr TopkRow topk_row(const TopkParams& p, int64_t b, int64_t h) {
 
 void topk_cpu(const TopkParams& params);
 void topk_cuda(const TopkParams& params, void* stream);
-// Bytes of scratch with which several blocks share a row where there are no clusters, by sizes
-// only; 0 where that is no gain, or not needed.
+// Bytes of scratch with which more blocks than a cluster has share a row, by sizes only; 0 where
+// that is no gain.
 int64_t topk_cuda_scratch(const TopkParams& params);
 
 }  // namespace kvc

@@ -1,6 +1,7 @@
 // topk on CUDA: one launch, a cluster of kBlocks blocks a row (a single block on sm_80, and where
-// rows are many). Long slices are read once instead of twice: topk_once_cuda.cu. A few long rows
-// without clusters: topk_split_cuda.cu.
+// rows are many). Short rows stay in registers: topk_short_cuda.cu. Long slices are read once
+// instead of twice: topk_once_cuda.cu. A few rows too long for a cluster, or long ones without
+// clusters: topk_split_cuda.cu.
 //
 // Forced entries and padding are stretches of positions, so only the free entries between sink and
 // window compete; each block owns a slice of them. A score becomes a uint32 key that orders as the
@@ -30,6 +31,7 @@
 #include "select/slice_bits.cuh"
 #include "select/topk.h"
 #include "select/topk_once.h"
+#include "select/topk_short.h"
 #include "select/topk_split.h"
 #include "select/topk_task.cuh"
 
@@ -185,24 +187,10 @@ __device__ __forceinline__ void write_positions(Shared<T>& shared,
   before.x += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_above[lane] : 0);
   before.y += __reduce_add_sync(0xffffffffu, lane < warp ? shared.warp_tied[lane] : 0);
   out += before.x + min(before.y, ties);
-  uint16_t* staged = shared.staged[warp];
   for (uint32_t word = first; word < last; word += kWarp) {
     const uint2 mine = group_bits(slice, bits, threshold, word, last);
-    const uint32_t own_ties = __popc(mine.y);
-    const uint32_t ties_through = before.y + warp_inclusive_sum(own_ties);
-    const uint32_t ties_left = ties - min(ties, ties_through - own_ties);
-    uint32_t kept = mine.x | lowest_bits(mine.y, min(own_ties, ties_left));
-    const uint32_t through = warp_inclusive_sum(__popc(kept));
-    for (uint32_t slot = through - __popc(kept); kept != 0; kept &= kept - 1) {
-      staged[slot++] = static_cast<uint16_t>(lane * 32 + __ffs(kept) - 1);
-    }
-    __syncwarp();
-    const uint32_t count = __shfl_sync(0xffffffffu, through, kWarp - 1);
     const uint32_t base = slice.first_chunk * kChunk + word * 32 - offset;
-    for (uint32_t j = lane; j < count; j += kWarp) out[j] = static_cast<int32_t>(base + staged[j]);
-    __syncwarp();
-    out += count;
-    before.y = __shfl_sync(0xffffffffu, ties_through, kWarp - 1);
+    out += write_group(shared.staged[warp], mine, ties, before.y, base, out);
   }
 }
 
@@ -301,29 +289,45 @@ void dispatch(const TopkParams& p, const DeviceLimits& limits, cudaStream_t stre
   }
 }
 
-// Blocks a row: as many as have a multiprocessor each, in slices that are more than overhead; where
-// they fill the GPU, the slices must be longer to pay for the barriers. Eight is the largest
-// portable cluster.
+// Blocks a row: as many as have a multiprocessor each; where they fill the GPU, the slices must be
+// longer to pay for the barriers. Eight is the largest portable cluster.
 int blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
   if (limits.major < 9) return 1;
   const int64_t rows = p.batch * p.heads;
   int blocks = 8;
   for (; blocks > 1; blocks /= 2) {
-    const int64_t least_slice = 2 * rows * blocks > limits.multiprocessors ? 8192 : 1024;
-    if (rows * blocks <= limits.multiprocessors && p.seq_len >= least_slice * blocks) break;
+    const bool fills = 2 * rows * blocks > limits.multiprocessors;
+    if (rows * blocks <= limits.multiprocessors && (!fills || p.seq_len >= 8192 * blocks)) break;
   }
   return blocks;
+}
+
+// Entries of a multiprocessor, one cluster after the other, from which on blocks beyond clusters
+// pay for a second launch: 4 rows of 512k, 64k a block, take 21.8 us in clusters and 21.5 in two
+// launches, of 1M 37.7 and 27.1; 8 of 800k, 100k a block, 34.9 and 33.0; 16 of 512k, whose clusters
+// do not all run at once, 44.5 and 37.1.
+constexpr int64_t kLongShare = 100'000;
+
+bool split_pays(const TopkParams& p, const DeviceLimits& limits) {
+  const int64_t rows = p.batch * p.heads;
+  if (4 * rows > limits.multiprocessors) return false;
+  if (limits.major < 9) return p.seq_len >= 32768;
+  const int blocks = blocks_a_row(p, limits);
+  const int64_t at_once = lonely_clusters(blocks), rounds = (rows + at_once - 1) / at_once;
+  return rounds * p.seq_len / blocks >= kLongShare;
 }
 
 }  // namespace
 
 int64_t topk_cuda_scratch(const TopkParams& params) {
-  return topk_split_scratch(params);
+  const bool is_split = !topk_short_pays(params) && split_pays(params, device_limits());
+  return is_split ? topk_split_scratch(params) : 0;
 }
 
 void topk_cuda(const TopkParams& params, void* stream) {
   const DeviceLimits& limits = device_limits();
   const auto s = static_cast<cudaStream_t>(stream);
+  if (topk_short_pays(params)) return topk_short(params, s);
   if (params.scratch != nullptr) return topk_split(params, s);
   const int blocks = blocks_a_row(params, limits);
   if (topk_once_pays(params, blocks)) return topk_once(params, blocks, s);

@@ -11,4 +11,7 @@ namespace kvc {
 bool topk_once_pays(const TopkParams& params, int blocks);
 void topk_once(const TopkParams& params, int blocks, cudaStream_t stream);
 
+// Clusters of 1, 2, 4 or 8 blocks that run at once where each block fills a multiprocessor.
+int lonely_clusters(int blocks);
+
 }  // namespace kvc

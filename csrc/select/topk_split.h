@@ -1,4 +1,5 @@
-// topk where a few long rows meet a device without clusters: two launches, a slice a block in both.
+// topk of a few long rows, each shared by more blocks than a cluster has, or by as many where there
+// are no clusters: two launches, a slice a block in both.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +8,7 @@
 
 namespace kvc {
 
-// Bytes of params.scratch, on the current device; 0: not the form for these sizes.
+// Bytes of params.scratch, on the current device; 0: too much competes, or too many rows do.
 int64_t topk_split_scratch(const TopkParams& params);
 void topk_split(const TopkParams& params, cudaStream_t stream);
 

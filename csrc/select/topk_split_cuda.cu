@@ -1,9 +1,10 @@
-// topk of few long rows without clusters (sm_80): the same parts as in topk_cuda.cu, cut in two
-// launches where the cluster has its barrier. The first guesses the cut and gathers; the second
-// reads the counts and candidates of all blocks of its row from memory, settles and writes. Where
-// the cut was not good enough, which is rare, one block does the whole row anew.
+// topk of a few long rows in more blocks than a cluster has, and without clusters (sm_80): the same
+// parts as in topk_once_cuda.cu, cut in two launches where the cluster has its barrier. The first
+// guesses the cut and gathers; the second reads the counts and candidates of all blocks of its row
+// from memory, settles and writes. Where the cut was not good enough, which is rare, one block does
+// the whole row anew.
 //
-// Bound: as in topk_cuda.cu, and a second launch. Scratch: of a slice its bits, and as many
+// Bound: as in topk_once_cuda.cu, and a second launch. Scratch: of a slice its bits, and as many
 // candidates as it can have.
 #include <algorithm>
 
@@ -16,10 +17,9 @@
 namespace kvc {
 namespace {
 
-// Candidates of a row, and the sample that leaves no more; the second where the first is too
-// little.
-constexpr uint32_t kCapacities[] = {6144, 16384};
+// Samples of a row, and candidates that they may leave; the second where the first is too little.
 constexpr int kSampleSizes[] = {1024, 8192};
+constexpr double kMostCandidates[] = {6144, 16384};
 
 // What a block of the first launch leaves.
 struct alignas(16) Header {
@@ -83,6 +83,8 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   auto& shared = *reinterpret_cast<TopkShared<T>*>(dynamic);
   const Lists lists = TopkLayout<T>::lists(shared, all.words, all.capacity);
   start(shared);
+  launch_wait();
+  launch_dependents();
 
   const uint32_t block = blockIdx.x % all.blocks, row_id = blockIdx.x / all.blocks;
   const Task task = find_task<T>(shared.warp_above, p, row_id, false);
@@ -116,6 +118,8 @@ __global__ void __launch_bounds__(Settling::kThreads, 2)
   auto& shared = *reinterpret_cast<TopkShared<T>*>(dynamic);
   const Lists lists = TopkLayout<T>::lists(shared, all.words, all.capacity);
   start(shared);
+  launch_wait();
+  launch_dependents();
 
   const uint32_t block = blockIdx.x % all.blocks, row_id = blockIdx.x / all.blocks;
   const Task task = find_task<T>(shared.warp_above, p, row_id, block == 0);
@@ -155,35 +159,36 @@ __global__ void __launch_bounds__(Settling::kThreads, 2)
   }
 }
 
-// Blocks a row: as many as have a multiprocessor each. A second launch does not pay for shorter
-// rows, nor for less than four blocks a row.
+// Blocks a row: as many as have a multiprocessor each, in slices that are more than overhead.
 uint32_t blocks_a_row(const TopkParams& p, const DeviceLimits& limits) {
-  const int64_t rows = p.batch * p.heads;
-  if (limits.major >= 9 || p.seq_len < 32768 || 4 * rows > limits.multiprocessors) return 1;
-  int64_t blocks = kWarp / 2;
-  while (blocks * rows > limits.multiprocessors) blocks /= 2;
+  int64_t blocks = kWarp;
+  while (blocks > 1 &&
+         (blocks * p.batch * p.heads > limits.multiprocessors || p.seq_len < 2048 * blocks)) {
+    blocks /= 2;
+  }
   return static_cast<uint32_t>(blocks);
 }
 
 struct Sizes {
   uint32_t blocks, listed, words, capacity;
-  bool is_large;  // the second of kCapacities and kSampleSizes
+  bool is_large;  // the second of kSampleSizes
 };
 
 // One block a row where this form does not pay, or too much competes for it.
 Sizes sizes(const TopkParams& p) {
   const DeviceLimits& limits = device_limits();
   const uint32_t blocks = blocks_a_row(p, limits);
+  if (blocks == 1) return {.blocks = 1};
   // two groups more than whole ones: the first and the last may be cut
   const int64_t groups = (p.seq_len / kGroupSize + 2 + blocks - 1) / blocks;
   const auto words = static_cast<uint32_t>(std::min<int64_t>(groups * kWarp, 1 << 20));
   const auto size = static_cast<double>(p.seq_len);
   const double wanted = p.indptr != nullptr ? size / 2 : static_cast<double>(p.k);
   for (int i = 0; i < 2; ++i) {
-    const uint32_t capacity = kCapacities[i];
-    const auto bytes = static_cast<int64_t>(TopkLayout<Settling>::bytes(words, capacity));
-    if (most_candidates(size, wanted, kSampleSizes[i]) <= capacity &&
-        bytes <= limits.shared_bytes) {
+    const double most = most_candidates(size, wanted, kSampleSizes[i]);
+    if (most > kMostCandidates[i]) continue;
+    const uint32_t capacity = candidate_room(most);
+    if (static_cast<int64_t>(TopkLayout<Settling>::bytes(words, capacity)) <= limits.shared_bytes) {
       const auto listed = static_cast<uint32_t>(std::min<int64_t>(capacity, groups * kGroupSize));
       return {blocks, listed, words, capacity, i == 1};
     }
@@ -208,6 +213,7 @@ void topk_split(const TopkParams& p, cudaStream_t stream) {
   all.slices = all.codes + blocks * s.listed;
   Launch launch(static_cast<unsigned>(blocks), Settling::kThreads,
                 TopkLayout<Settling>::bytes(s.words, s.capacity), stream);
+  launch.early(device_limits().major >= 9);
   launch("topk",
          s.is_large ? topk_gather_kernel<TopkTraits<1, 512, true, kSampleSizes[1]>>
                     : topk_gather_kernel<TopkTraits<1, 512, true, kSampleSizes[0]>>,

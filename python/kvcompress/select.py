@@ -47,9 +47,8 @@ def topk(
     Raises:
         ValueError, TypeError: ``topk: argument must be ..., got ...``.
 
-    Scratch: none on CUDA from sm_90 on; before, for rows of 32768 entries or more of which there are at most a quarter as
-    many as multiprocessors, up to three times the bytes of `scores`. On the CPU 8 bytes an
-    entry of a row for each thread.
+    Scratch on CUDA: none, but where rows of 100,000 entries or more, before sm_90 of 32768, are at most a quarter as many
+    as multiprocessors, up to three times the bytes of `scores`. On the CPU 8 bytes an entry of a row for each thread.
 
     Example:
         >>> scores = torch.tensor([[[0.1, 0.9, 0.5, 0.7, 0.2]]])

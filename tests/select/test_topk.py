@@ -47,36 +47,36 @@ def bits(shape, low, high):
     )
 
 
-SHAPE = (2, 2, 700)
 KINDS = {
-    "random": lambda: random(SHAPE),
-    "probabilities": lambda: random(SHAPE).mul(4).softmax(-1),
-    "all_equal": lambda: torch.full(SHAPE, 0.25),
-    "few_values": lambda: random(SHAPE).round(),
-    "zeros_of_both_signs": lambda: with_values(SHAPE, 0.3, 0.0, -0.0),
-    "leading_11_bits_equal": lambda: bits(SHAPE, 0x3F800000, 0x3F9FFFFF),
-    "leading_22_bits_equal": lambda: bits(SHAPE, 0x3F800000, 0x3F8003FF),
-    "negative_leading_bits_equal": lambda: -bits(SHAPE, 0x3F800000, 0x3F8003FF),
-    "ascending": lambda: random(SHAPE).sort(-1).values,
-    "descending": lambda: random(SHAPE).sort(-1, descending=True).values,
-    "narrow": lambda: 1 + 1e-6 * random(SHAPE),
-    "denormal": lambda: bits(SHAPE, 1, 0x00000FFF),
-    "infinities": lambda: with_values(SHAPE, 0.2, math.inf, -math.inf),
-    "all_minus_inf": lambda: torch.full(SHAPE, -math.inf),
-    "nan_some": lambda: with_values(SHAPE, 0.2, math.nan, -math.nan, -math.inf),
-    "nan_most": lambda: with_values(SHAPE, 0.45, math.nan, -math.inf),
-    "nan_all": lambda: torch.full(SHAPE, math.nan),
-    "every_bit_pattern": lambda: bits(SHAPE, -(2**31), 2**31 - 1),
+    "random": lambda shape: random(shape),
+    "probabilities": lambda shape: random(shape).mul(4).softmax(-1),
+    "all_equal": lambda shape: torch.full(shape, 0.25),
+    "few_values": lambda shape: random(shape).round(),
+    "zeros_of_both_signs": lambda shape: with_values(shape, 0.3, 0.0, -0.0),
+    "leading_11_bits_equal": lambda shape: bits(shape, 0x3F800000, 0x3F9FFFFF),
+    "leading_22_bits_equal": lambda shape: bits(shape, 0x3F800000, 0x3F8003FF),
+    "negative_leading_bits_equal": lambda shape: -bits(shape, 0x3F800000, 0x3F8003FF),
+    "ascending": lambda shape: random(shape).sort(-1).values,
+    "descending": lambda shape: random(shape).sort(-1, descending=True).values,
+    "narrow": lambda shape: 1 + 1e-6 * random(shape),
+    "denormal": lambda shape: bits(shape, 1, 0x00000FFF),
+    "infinities": lambda shape: with_values(shape, 0.2, math.inf, -math.inf),
+    "all_minus_inf": lambda shape: torch.full(shape, -math.inf),
+    "nan_some": lambda shape: with_values(shape, 0.2, math.nan, -math.nan, -math.inf),
+    "nan_most": lambda shape: with_values(shape, 0.45, math.nan, -math.inf),
+    "nan_all": lambda shape: torch.full(shape, math.nan),
+    "every_bit_pattern": lambda shape: bits(shape, -(2**31), 2**31 - 1),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [0, 1, 63, 350, 699, 700])
-def test_against_sort(kind, k, device):
-    scores = KINDS[kind]().to(device)
-    check(scores, k)
-    if k >= 63:
-        check(scores, k, sink=4, window=32)
+@pytest.mark.parametrize("shape", [(2, 2, 700), (1, 5, 2500), (1, 2, 9000)])
+def test_against_sort(kind, shape, device):
+    scores, size = KINDS[kind](shape).to(device), shape[-1]
+    for k in (0, 1, 63, size // 2, size - 1, size):
+        check(scores, k)
+        if k >= 63:
+            check(scores, k, sink=4, window=32)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 31, 32, 33, 63, 64, 65, 127, 1000, 2047, 4097, 8191, 12289, 30011, 70001])
@@ -85,6 +85,15 @@ def test_sizes(seq_len, device):
     for k in sorted({0, 1, seq_len // 4, seq_len // 2, seq_len - 1, seq_len}):
         check(scores, k)
     check(scores.round(), seq_len // 3)
+
+
+@pytest.mark.parametrize("kind", ["random", "half_minus_inf", "few_values", "nan"])
+@pytest.mark.parametrize("size", [255, 256, 257, 512, 513, 1024, 1025, 2048, 2049, 4096, 4097, 8192])
+def test_rows_in_registers(kind, size, device):
+    """Around the sizes from which on a row takes more registers or warps; its rows begin anywhere."""
+    scores = (against_sample if kind == "nan" else as_in_use)(kind, (1, 7, size + 1))[..., 1:]
+    for k in (1, size // 4, size - 1):
+        assert torch.equal(kvcompress.topk(scores.to(device), k).cpu(), by_sort(scores, k))
 
 
 def test_many_rows(device):
@@ -211,7 +220,7 @@ def test_very_long_row(size, device):
 @pytest.mark.cuda
 def test_without_clusters():
     """The forms that a device before sm_90 gets, on this one."""
-    chosen = "sizes or sample or slices or long or many or padding or run_to_run or lengths"
+    chosen = "sizes or sample or slices or long or many or padding or run_to_run or lengths or registers"
     files = ["tests/select/test_topk.py", "tests/select/test_topk_ragged.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", chosen, "-p", "no:cacheprovider", *files]
     root = Path(__file__).resolve().parent.parent.parent
