@@ -75,12 +75,14 @@ def test_padding(device):
     check(scores, ints(150, 150, 150, device=device), floors=floors, seq_start=start, seq_end=end)
 
 
-def test_long_rows(device):
-    """Many equal scores across heads, longer than a histogram has bins."""
-    scores = (torch.randn(1, 6, 40_000) * 50).round().to(device)
-    flat = scores.flatten().sort(descending=True, stable=True).indices[:50_000] // 40_000
-    counts = kvcompress.head_counts(scores, ints(50_000, device=device))
-    assert counts.flatten().tolist() == flat.bincount(minlength=6).tolist()
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 17])
+@pytest.mark.parametrize("seq_len", [40_000, 70_001])
+def test_long_rows(heads, seq_len, device):
+    """Many equal scores across heads, longer than a histogram has bins; several blocks may share a head."""
+    scores, total = (random((1, heads, seq_len)) * 50).round().to(device), heads * 9000
+    flat = scores.flatten().sort(descending=True, stable=True).indices[:total] // seq_len
+    counts = kvcompress.head_counts(scores, ints(total, device=device))
+    assert counts.flatten().tolist() == flat.bincount(minlength=heads).tolist()
 
 
 def test_with_topk_ragged(device):
