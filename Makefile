@@ -49,7 +49,8 @@ test: setup  ## everything that needs no GPU
 	OMP_WAIT_POLICY=passive python -m pytest -n $(JOBS)  # workers share the cores: idle threads must not spin
 
 test-gpu: setup  ## everything; fails where there is no GPU
-	KVCOMPRESS_REQUIRE_CUDA=1 python -m pytest
+	KVCOMPRESS_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 python -m pytest -n $(JOBS) -k "not 64_bit and not long"
+	KVCOMPRESS_REQUIRE_CUDA=1 python -m pytest -k "64_bit or long"  # tens of GiB each: one after the other
 
 bench: setup  ## the core ops against torch and the floor, into bench/results/<device>_core.json
 	python bench/run.py --core --save
