@@ -75,6 +75,13 @@ struct Wgmma;
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define KVC_D32(i) KVC_D8(i), KVC_D8(i + 8), KVC_D8(i + 16), KVC_D8(i + 24)
 
+#define KVC_REGISTERS_0_31                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define KVC_REGISTERS_32_63                                                          \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
 #define KVC_WGMMA_32(Type, text)                                                      \
   template <>                                                                         \
   struct Wgmma<Type, 32> {                                                            \
@@ -98,10 +105,7 @@ struct Wgmma;
                                               bool accumulate) {                                   \
       asm volatile(                                                                                \
           "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                             \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text                              \
-          " {"                                                                                     \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"         \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text " {" KVC_REGISTERS_0_31      \
           "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                       \
           : KVC_D32(0)                                                                             \
           : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
@@ -111,10 +115,7 @@ struct Wgmma;
                                               bool accumulate) {                                   \
       asm volatile(                                                                                \
           "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                             \
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text                              \
-          " {"                                                                                     \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"         \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." text "." text " {" KVC_REGISTERS_0_31      \
           "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"                                       \
           : KVC_D32(0)                                                                             \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
@@ -129,13 +130,8 @@ struct Wgmma;
                                               bool accumulate) {                                   \
       asm volatile(                                                                                \
           "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                             \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text                             \
-          " {"                                                                                     \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
-          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \
-          "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"         \
-          "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text " {" KVC_REGISTERS_0_31     \
+          ", " KVC_REGISTERS_32_63 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                              \
           : KVC_D32(0), KVC_D32(32)                                                                \
           : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
     }                                                                                              \
@@ -144,13 +140,8 @@ struct Wgmma;
                                               bool accumulate) {                                   \
       asm volatile(                                                                                \
           "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                             \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text                             \
-          " {"                                                                                     \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
-          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
-          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \
-          "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"         \
-          "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"                                       \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." text "." text " {" KVC_REGISTERS_0_31     \
+          ", " KVC_REGISTERS_32_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"              \
           : KVC_D32(0), KVC_D32(32)                                                                \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
             "n"(static_cast<int>(kBIsTransposed)));                                                \
@@ -167,6 +158,8 @@ KVC_WGMMA_128(__half, "f16")
 #undef KVC_WGMMA_128
 #undef KVC_WGMMA_64
 #undef KVC_WGMMA_32
+#undef KVC_REGISTERS_32_63
+#undef KVC_REGISTERS_0_31
 #undef KVC_D32
 #undef KVC_D8
 
